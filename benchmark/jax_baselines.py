@@ -233,9 +233,9 @@ def linear_transformer_scan(T, K, V, begins, grad=False, seed=0):
 
 
 # ---- check against a loop, then time
-def loop(decay, x, begins, h0=0.0):
+def loop(decay, x, begins):
     """h[t] = x[t] + decay * h[t-1] with resets, one step at a time in numpy; decay [...], x [T, ...]."""
-    out, h = np.empty_like(x), np.zeros_like(x[0]) + h0
+    out, h = np.empty_like(x), np.zeros_like(x[0])
     for t in range(len(x)):
         h = x[t] + decay * (np.zeros_like(h) if begins[t] else h)
         out[t] = h

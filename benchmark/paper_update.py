@@ -122,7 +122,7 @@ def paper_update(repo_path, memory="ffm", rows=1000, obs_size=8, actions=4, gamm
         rows, obs_size, actions: tape length (transitions); observation size; number of actions.
         gamma: discount. target_delay: updates; the target moves by 1 / target_delay per update.
         clip: global gradient norm. learning_rate: peak, reached after `warmup` updates.
-        episode: average episode length (steps).
+        episode: average episode length (steps). seed: of the weights and the tape.
     Returns: callable without arguments. Each call makes one update, which the next one continues from, waits until the
         networks and the optimiser state are computed, and returns the loss (float). It carries `compile_seconds`,
         `parameters` (count) and `tape` (dict of numpy arrays [rows, ...]).
