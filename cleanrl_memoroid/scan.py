@@ -108,17 +108,19 @@ class _LinearScan(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_h):
         decay, h, begins, h0 = ctx.saved_tensors
-        grads = ctx.module.backward(decay, h, begins, h0, _plain(grad_h.detach()), ctx.reverse, ctx.needs_input_grad[0])
+        with torch.no_grad():
+            inputs = (None if v is None else _plain(v) for v in (decay, h, begins, h0, grad_h))
+            grads = ctx.module.backward(*(v if v is None else v.detach() for v in inputs), ctx.reverse, ctx.needs_input_grad[0])
         if torch.is_grad_enabled():  # create_graph=True: whoever differentiates again must hear of it
-            grads = _Once.apply(grad_h, *grads)
+            grads = _Once.apply(decay, h, grad_h, *grads)
         return grads[0], grads[1], None, grads[2], None, None
 
 
 class _Once(torch.autograd.Function):
-    """Passes gradients on and refuses to differentiate them."""
+    """Passes gradients on and refuses to differentiate them, in what they were computed from."""
 
     @staticmethod
-    def forward(ctx, grad_h, *grads):
+    def forward(ctx, decay, h, grad_h, *grads):
         return grads
 
     @staticmethod

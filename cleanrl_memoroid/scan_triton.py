@@ -19,15 +19,12 @@ the last two 0 where begins[t]. Each row meets its own decay and begin; the c th
 A begin selects, and never multiplies by zero: 0 * nan is nan, and would leak from one episode into another.
 """
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 
 LANES = 32  # channels per program: one warp needs no barriers, and even a single tape spreads over many multiprocessors
-# Rows whose loads are in flight together: what hides the memory's latency. Fewer where a row loads more than one number.
-AHEAD, AHEAD_WIDE = 16, 8
+AHEAD_BYTES = 192  # a thread's loads in flight: as many as hide the memory's latency, yet fit its registers
 # Up to here one sequential kernel: two launches fewer, about 10 us each on the host, outweigh its longer walk (reasoned).
 SINGLE_PASS_ROWS = 1024
 
@@ -35,6 +32,11 @@ SINGLE_PASS_ROWS = 1024
 def chunk_length(T):
     """Rows per chunk, a power of two near sqrt(T): the walk down a chunk is then about as long as the one over carries."""
     return T if T <= SINGLE_PASS_ROWS else 2 ** min(max((T.bit_length() - 1) // 2, 5), 10)
+
+
+def rows_ahead(*read):
+    """Rows to load before the first is used, a power of two up to 16. `read`: the tensors of which each row is loaded."""
+    return min(16, 2 ** ((AHEAD_BYTES // sum(tensor.element_size() for tensor in read)).bit_length() - 1))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -90,13 +92,17 @@ def times_unless(flag, a_re, a_im, b_re, b_im, COMPLEX: tl.constexpr):
 
 
 @triton.jit
-def place(tile, chunk, L, T, STEP: tl.constexpr, N: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr):
-    """Of each lane: its channel d = n * C + c, whether that exists, and where the chunk's first row and begin flag are."""
-    d = tile * LANES + tl.arange(0, LANES)
-    row = chunk.to(tl.int64) * L * STEP  # 64 bits: T * N * C may pass 2^31
+def place(T, L, N: tl.constexpr, C: tl.constexpr, STEP: tl.constexpr, LANES: tl.constexpr, LAST_FIRST: tl.constexpr):
+    """This program's chunk and channels d = n * C + c, which of them exist, and where its first row and begin flag are."""
+    TILES: tl.constexpr = (N * C + LANES - 1) // LANES
+    chunk = (tl.program_id(0) // TILES).to(tl.int64)  # 64 bits, since T * N * C may pass 2^31
+    if LAST_FIRST:
+        chunk = tl.cdiv(T, L) - 1 - chunk
+    d = tl.program_id(0) % TILES * LANES + tl.arange(0, LANES)
+    row = chunk * L * STEP
     if STEP < 0:
         row += T - 1
-    return d, d < N * C, row * (N * C) + d, row * N + d // C
+    return chunk, d, d < N * C, row * (N * C) + d, row * N + d // C
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -108,9 +114,7 @@ def chunk_ends(
     ADJOINT: tl.constexpr, VARYING: tl.constexpr, COMPLEX: tl.constexpr, LANES: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = decay.dtype.element_ty
-    TILES: tl.constexpr = (N * C + LANES - 1) // LANES
-    chunk = tl.program_id(0) // TILES
-    d, mask, at, flag_at = place(tl.program_id(0) % TILES, chunk, L, T, STEP, N, C, LANES)
+    chunk, d, mask, at, flag_at = place(T, L, N, C, STEP, LANES, LAST_FIRST=False)
     a_re, a_im = load(decay, d, mask, DTYPE, COMPLEX, ADJOINT)  # replaced row by row where it varies
     p_re, p_im = tl.full([LANES], 1.0, DTYPE), tl.zeros([LANES], DTYPE)
     re, im = tl.zeros([LANES], DTYPE), tl.zeros([LANES], DTYPE)
@@ -130,7 +134,7 @@ def chunk_ends(
             cut = cut | begin
             at += STEP * N * C
             flag_at += STEP * N
-    out = chunk.to(tl.int64) * (N * C) + d
+    out = chunk * (N * C) + d
     store(ends, out, re, im, mask, COMPLEX)
     if VARYING:
         store(products, out, p_re, p_im, mask, COMPLEX)
@@ -218,13 +222,11 @@ def apply_forward(
     VARYING: tl.constexpr, COMPLEX: tl.constexpr, LANES: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = decay.dtype.element_ty
-    TILES: tl.constexpr = (N * C + LANES - 1) // LANES
-    chunk = tl.cdiv(T, L) - 1 - tl.program_id(0) // TILES
-    d, mask, at, flag_at = place(tl.program_id(0) % TILES, chunk, L, T, STEP, N, C, LANES)
+    chunk, d, mask, at, flag_at = place(T, L, N, C, STEP, LANES, LAST_FIRST=True)
     a_re, a_im = load(decay, d, mask, DTYPE, COMPLEX)
     re, im = tl.zeros([LANES], DTYPE), tl.zeros([LANES], DTYPE)
     if carries is not None:
-        re, im = load(carries, chunk.to(tl.int64) * (N * C) + d, mask, DTYPE, COMPLEX)
+        re, im = load(carries, chunk * (N * C) + d, mask, DTYPE, COMPLEX)
     rows = tl.minimum(L, T - chunk * L)
     whole = rows // AHEAD * AHEAD
     for _ in range(0, whole, AHEAD):
@@ -282,15 +284,13 @@ def apply_backward(
 ):  # fmt: skip
     """A constant decay gets one grad_decay per chunk, summed later: in fixed order, so that runs repeat bit for bit."""
     DTYPE: tl.constexpr = decay.dtype.element_ty
-    TILES: tl.constexpr = (N * C + LANES - 1) // LANES
-    chunk = tl.cdiv(T, L) - 1 - tl.program_id(0) // TILES
-    d, mask, at, flag_at = place(tl.program_id(0) % TILES, chunk, L, T, STEP, N, C, LANES)
+    chunk, d, mask, at, flag_at = place(T, L, N, C, STEP, LANES, LAST_FIRST=True)
     a_re, a_im = load(decay, d, mask, DTYPE, COMPLEX, CONJUGATE=True)
     re, im = tl.zeros([LANES], DTYPE), tl.zeros([LANES], DTYPE)
     sum_re, sum_im = re, im
     h0_re, h0_im = re, im
     h0_at = d - N * C if STEP < 0 else d + T.to(tl.int64) * (N * C)  # where h0 would stand in h: one row beyond the end
-    out = chunk.to(tl.int64) * (N * C) + d
+    out = chunk * (N * C) + d
     if h0 is not None:
         h0_re, h0_im = load(h0, d, mask, DTYPE, COMPLEX)
     if carries is not None:
@@ -325,10 +325,12 @@ def forward(decay, x, begins, h0, reverse):
     h = torch.empty_like(x)
     if h.numel() == 0:
         return h
-    with on_device(x):
+    with torch.cuda.device_of(x):  # Triton launches on the current device, whatever its tensors are on; no-op for CPU
         carries, grid, options = reduce_chunks(decay, x, begins, h0, -1 if reverse else 1, adjoint=False)
-        options["AHEAD"] = AHEAD_WIDE if decay.dim() == 3 else AHEAD
-        apply_forward[grid](floats(x), floats(decay), floats(begins), floats(carries), floats(h), **options)
+        ahead = rows_ahead(x, decay) if decay.dim() == 3 else rows_ahead(x)
+        apply_forward[grid](
+            floats(x), floats(decay), floats(begins), floats(carries), floats(h), AHEAD=ahead, **options
+        )
     return h
 
 
@@ -339,15 +341,16 @@ def backward(decay, h, begins, h0, grad_h, reverse, need_decay_grad):
     grad_h0 = None if h0 is None else torch.empty_like(h0)
     if h.numel() == 0:
         return torch.zeros_like(decay) if need_decay_grad else None, grad_x, grad_h0
-    with on_device(h):
+    with torch.cuda.device_of(h):
         carries, grid, options = reduce_chunks(decay, grad_h, begins, None, 1 if reverse else -1, adjoint=True)
         chunks = -(-options["T"] // options["L"])
         grad_decay = None
         if need_decay_grad:
             grad_decay = torch.empty_like(decay) if varying else decay.new_empty((chunks, *decay.shape))
+        ahead = rows_ahead(grad_h, h, decay) if varying else rows_ahead(grad_h, h)
         apply_backward[grid](
             floats(grad_h), floats(h), floats(h0), floats(decay), floats(begins), floats(carries), floats(grad_x),
-            floats(grad_decay), floats(grad_h0), AHEAD=AHEAD_WIDE, **options,
+            floats(grad_decay), floats(grad_h0), AHEAD=ahead, **options,
         )  # fmt: skip
         if need_decay_grad and not varying:
             grad_decay = grad_decay.sum(0) if chunks > 1 else grad_decay[0]
@@ -363,16 +366,17 @@ def reduce_chunks(decay, x, begins, h0, step, adjoint):
     options = dict(T=T, L=L, N=N, C=C, STEP=step, VARYING=decay.dim() == 3, **kinds)
     carries = h0
     if chunks > 1:
+        ahead = rows_ahead(x, decay) if options["VARYING"] else rows_ahead(x)
         carries = decay.new_empty((chunks, N, C))
         products = torch.empty_like(carries) if options["VARYING"] else None
         begun = None if begins is None else begins.new_empty((chunks, N, C))
         partly = floats(carries), floats(products), floats(begun)
         chunk_ends[((chunks - 1) * tiles,)](
             floats(x), floats(decay), floats(begins), *partly,
-            ADJOINT=adjoint, AHEAD=min(AHEAD_WIDE if options["VARYING"] else AHEAD, L), **options,
+            ADJOINT=adjoint, AHEAD=min(ahead, L), **options,
         )  # fmt: skip
         chunk_carries[(tiles,)](
-            *partly, floats(decay), floats(h0), chunks, L.bit_length() - 1, N * C, ADJOINT=adjoint, AHEAD=AHEAD, **kinds
+            *partly, floats(decay), floats(h0), chunks, L.bit_length() - 1, N * C, ADJOINT=adjoint, AHEAD=16, **kinds
         )
     return carries, (chunks * tiles,), options
 
@@ -385,8 +389,3 @@ def floats(tensor):
         return tensor.view(torch.uint8)
     tensor = tensor.resolve_conj().resolve_neg()  # a lazy conjugate has the unconjugated numbers in memory
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
-
-
-def on_device(tensor):
-    """Triton launches on the current device, which need not be the tensor's. Its interpreter takes CPU tensors."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -101,7 +101,7 @@ class Args:
     """the fraction of `total_timesteps` it takes from start_e to end_e"""
     learning_starts: int = 5_000
     """timestep to start learning (steps)"""
-    train_frequency: int = 64
+    train_frequency: int = 32
     """environment steps per update (steps)"""
     max_grad_norm: float = 1.0
     """the maximum norm of the gradient"""

@@ -1,0 +1,313 @@
+"""linear_scan and associative_scan against the definition, in values and gradients."""
+
+import itertools
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from cleanrl_memoroid import scan_numba, scan_torch
+from cleanrl_memoroid.scan import associative_scan, linear_scan, tune_cpu
+
+TOLERANCE = {torch.float32: 3e-6, torch.complex64: 3e-6, torch.float64: 1e-13, torch.complex128: 1e-13}
+SINGLE = {torch.float64: torch.float32, torch.complex128: torch.complex64}
+LENGTHS = [1, 2, 3, 31, 32, 33, 48, 49, 63, 64, 65, 1000]
+BACKENDS = ["numba", "torch"]
+
+
+def make(steps, channels, dtype, varying=False, groups=None, state=False, seed=0):
+    """decay, x, begins, h0 of a tape in double precision, decays up to one in size."""
+    generator = torch.Generator().manual_seed(seed)
+    size = (steps, *channels) if varying else channels
+    decay = (0.7 + 0.3 * torch.rand(size, generator=generator, dtype=torch.float64)).to(dtype)
+    if dtype.is_complex:
+        decay = decay * torch.exp(1j * torch.rand(size, generator=generator, dtype=torch.float64))
+    x = torch.randn(steps, *channels, dtype=dtype, generator=generator)
+    begins = None if groups is None else torch.rand(steps, *groups, generator=generator) < 0.1
+    h0 = torch.randn(channels, dtype=dtype, generator=generator) if state else None
+    return decay, x, begins, h0
+
+
+def loop(decay, x, begins, h0, reverse):
+    """The recurrence once more, independent of the package: the definition is a loop over rows."""
+    h, state = [None] * len(x), torch.zeros_like(x[0]) if h0 is None else h0
+    for t in sorted(range(len(x)), reverse=reverse):
+        a = decay[t] if decay.dim() == x.dim() else decay
+        if begins is not None:
+            flag = begins[t].reshape(begins[t].shape + (1,) * (state.dim() - begins[t].dim()))
+            state = torch.where(flag, 0, state)
+        state = x[t] + a * state
+        h[t] = state
+    return torch.stack(h)
+
+
+def outcome(scan, inputs, weight):
+    """Output and all gradients of a scan; inputs that are None or bool have none."""
+    leaves = [v.detach().clone().requires_grad_() if v is not None and v.dtype != torch.bool else v for v in inputs]
+    h = scan(*leaves)
+    wanted = [v for v in leaves if v is not None and v.requires_grad]
+    return [h, *torch.autograd.grad(h, wanted, weight.to(h.dtype))]
+
+
+def assert_equal(ours, theirs, tolerance):
+    for name, a, b in zip(("h", "grad decay", "grad x", "grad h0"), ours, theirs):
+        assert a.shape == b.shape
+        scale = 1 + b.abs().max()
+        assert (a.to(b.dtype) - b).abs().max() <= tolerance * scale, f"{name}: {(a.to(b.dtype) - b).abs().max() / scale:.1e}"
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "ref"])
+@pytest.mark.parametrize("steps", LENGTHS)
+def test_backend_equals_loop(backend, steps):
+    if backend == "ref" and steps > 100:
+        pytest.skip("the definition needs no long test")
+    shapes = [((5,), None), ((5,), ()), ((4, 3), ()), ((4, 3), (4,)), ((4,), (4,)), ((), ()), ((1,), (1,))]
+    dtypes = [torch.float64, torch.complex128]
+    for (channels, groups), dtype, *rest in itertools.product(shapes, dtypes, *[[False, True]] * 3):
+        varying, state, reverse = rest
+        inputs = make(steps, channels, dtype, varying, groups, state)
+        weight = torch.randn(steps, *channels, dtype=dtype)
+        expected = outcome(lambda *v: loop(*v, reverse), inputs, weight)
+        ours = outcome(lambda *v: linear_scan(*v, reverse=reverse, backend=backend), inputs, weight)
+        assert_equal(ours, expected, TOLERANCE[dtype] * 10)
+        single = [v if v is None or v.dtype == torch.bool else v.to(SINGLE[dtype]) for v in inputs]
+        double_decay = [inputs[0], *single[1:]]  # a decay in double for rows in single
+        for cast in (single, double_decay):
+            exact = [v if v is None or v.dtype == torch.bool else v.to(dtype) for v in cast]
+            expected = outcome(lambda *v: loop(*v, reverse), exact, weight)
+            ours = outcome(lambda *v: linear_scan(*v, reverse=reverse, backend=backend), cast, weight)
+            assert ours[0].dtype == cast[1].dtype and ours[1].dtype == cast[0].dtype
+            assert_equal(ours, expected, TOLERANCE[SINGLE[dtype]] * 10)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("where", ["first row", "last row", "every row"])
+def test_begin_at_the_edges(backend, where):
+    for reverse in (False, True):
+        decay, x, _, h0 = make(70, (3,), torch.complex128, state=True)
+        begins = torch.zeros(70, dtype=torch.bool)
+        begins[{"first row": 0, "last row": -1, "every row": slice(None)}[where]] = True
+        inputs, weight = (decay, x, begins, h0), torch.randn(70, 3, dtype=torch.complex128)
+        expected = outcome(lambda *v: loop(*v, reverse), inputs, weight)
+        assert_equal(outcome(lambda *v: linear_scan(*v, reverse=reverse, backend=backend), inputs, weight), expected, 1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_broadcast_decay(backend):
+    """A decay of one value, or one per row, has the summed gradient in its own shape."""
+    _, x, begins, h0 = make(70, (4, 3), torch.float64, groups=(), state=True)
+    weight = torch.randn_like(x)
+    for shape in [(), (1,), (3,), (4, 1), (1, 3), (70, 1, 1), (70, 4, 1)]:
+        decay = 0.5 + 0.5 * torch.rand(shape, dtype=torch.float64)
+        h_shape = (4, 3) if len(shape) < 3 else (70, 4, 3)
+        expected = outcome(lambda a, *v: loop(a.expand(h_shape), *v, False), (decay, x, begins, h0), weight)
+        ours = outcome(lambda *v: linear_scan(*v, backend=backend), (decay, x, begins, h0), weight)
+        assert ours[1].shape == shape
+        assert_equal(ours, expected, 1e-12)
+    number = linear_scan(0.5, x, begins, backend=backend)
+    assert_equal([number], [loop(torch.full((3,), 0.5, dtype=torch.float64), x, begins, None, False)], 1e-13)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradcheck(backend):
+    for dtype, varying, reverse in itertools.product([torch.float64, torch.complex128], [False, True], [False, True]):
+        decay, x, begins, h0 = make(60, (2,), dtype, varying, (), True)
+        leaves = [v.requires_grad_() for v in (decay, x, h0)]
+        call = lambda a, x, h0: linear_scan(a, x, begins, h0, reverse=reverse, backend=backend)  # noqa: B023, E731
+        assert torch.autograd.gradcheck(call, leaves)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "ref"])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_nothing_crosses_a_begin(backend, poison):
+    """Rows 0-29 hold nan or inf; an episode begins at 30 and another at 60. Also where the decay at a begin is nan."""
+    begins = torch.zeros(90, dtype=torch.bool)
+    begins[[30, 60]] = True
+    for varying, reverse in itertools.product([False, True], [False, True]):
+        decay, x, _, h0 = make(90, (3,), torch.float64, varying, state=True)
+        if varying:
+            decay[[30, 60]] = poison
+        flags = begins.flip(0) if reverse else begins
+        x[(slice(60, None) if reverse else slice(0, 30))][5] = poison
+        if varying and reverse:
+            decay = decay.flip(0)
+        leaves = [v.requires_grad_() for v in (decay, x, h0)]
+        h = linear_scan(leaves[0], leaves[1], flags, leaves[2], reverse=reverse, backend=backend)
+        clean = slice(0, 60) if reverse else slice(30, None)
+        assert torch.isfinite(h[clean]).all()
+        # a poisoned gradient in the last episode reaches none of the rows before it
+        weight = torch.ones_like(h)
+        last = slice(0, 30) if reverse else slice(60, None)
+        middle = slice(30, 60)
+        weight[last] = poison
+        grad_decay, grad_x, _ = torch.autograd.grad(h, leaves, weight)
+        assert torch.isfinite(grad_x[middle]).all()
+        if varying:
+            assert torch.isfinite(grad_decay[middle]).all()
+            assert (grad_decay[flags] == 0).all()
+
+
+def test_lazy_conjugation_and_strides():
+    decay, x, begins, h0 = make(70, (4, 3), torch.complex128, groups=(4,), state=True)
+    expected = linear_scan(decay.conj().resolve_conj(), x.conj().resolve_conj(), begins, h0.conj().resolve_conj())
+    assert_equal([linear_scan(decay.conj(), x.conj(), begins, h0.conj())], [expected], 0)
+    strided = x.transpose(0, 1).contiguous().transpose(0, 1)
+    assert_equal([linear_scan(decay, strided, begins, h0)], [linear_scan(decay, x, begins, h0)], 0)
+    leaf = x.clone().requires_grad_()
+    linear_scan(decay, leaf, begins, h0).conj().real.sum().backward()  # the gradient arrives conjugated lazily, and expanded
+    other = x.clone().requires_grad_()
+    loop(decay, other, begins, h0, False).conj().real.sum().backward()
+    assert_equal([leaf.grad], [other.grad], 1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_second_derivative_is_refused(backend):
+    decay, x, begins, _ = make(5, (3,), torch.float64, groups=())
+    x.requires_grad_()
+    (grad,) = torch.autograd.grad((linear_scan(decay, x, begins, backend=backend) ** 2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        grad.sum().backward()
+    decay.requires_grad_()
+    (grad,) = torch.autograd.grad(linear_scan(decay, x, begins, backend=backend).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        grad.sum().backward()  # linear in x, but not in decay
+    (grad,) = torch.autograd.grad((linear_scan(decay, x, begins, backend="ref") ** 2).sum(), x, create_graph=True)
+    grad.sum().backward()
+    assert torch.isfinite(x.grad).all()
+
+
+@pytest.mark.parametrize("backend, bound", [("numba", 1e-7), ("torch", 2e-5)])
+def test_accuracy_on_a_long_tape(backend, bound):
+    steps = 2**14
+    alpha, omega = torch.linspace(1e-6, 0.5, 8).double(), 2 * torch.pi / torch.linspace(1, 1000, 4).double()
+    decays = [torch.exp(torch.complex(-alpha[:, None], omega)).flatten(), torch.exp(1j * torch.rand(32, dtype=torch.float64))]
+    for decay in decays:
+        x = torch.randn(steps, 32, dtype=torch.complex64)
+        exact = linear_scan(decay, x.to(torch.complex128), backend=backend)
+        assert_equal([exact[:2000]], [loop(decay, x[:2000].to(torch.complex128), None, None, False)], 1e-12)
+        h = linear_scan(decay, x, backend=backend)
+        assert (h - exact).abs().max() <= bound * exact.abs().max()
+
+
+GOOD = {"decay": torch.ones(3), "x": torch.ones(5, 3), "begins": torch.zeros(5, dtype=torch.bool), "h0": torch.zeros(3)}
+
+
+@pytest.mark.parametrize(
+    "name, value, expected, got",
+    [
+        ("x", [1.0], "a tensor", "list"),
+        ("x", torch.ones(5, 3, dtype=torch.int64), "float32", "int64"),
+        ("x", torch.ones(5, 3, dtype=torch.bfloat16), "float32", "bfloat16"),
+        ("x", torch.ones(()), "T >= 1", r"\(\)"),
+        ("x", torch.ones(0, 3), "T >= 1", r"\(0, 3\)"),
+        ("decay", torch.ones(4), "broadcastable", r"\(4,\)"),
+        ("decay", torch.ones(4, 3), "5 rows|broadcastable", r"\(4, 3\)"),
+        ("decay", torch.ones(1, 3), "5 rows", r"\(1, 3\)"),
+        ("decay", torch.ones(1, 5, 3), "broadcastable", r"\(1, 5, 3\)"),
+        ("decay", torch.ones(3, dtype=torch.complex64), "float32", "complex64"),
+        ("decay", torch.ones(3, dtype=torch.int64), "float32", "int64"),
+        ("decay", "fast", "a tensor or a number", "fast"),
+        ("decay", torch.ones(3, device="meta"), "device cpu", "meta"),
+        ("begins", torch.zeros(5), "bool", "float32"),
+        ("begins", [True], "bool", "list"),
+        ("begins", torch.zeros(4, dtype=torch.bool), r"\[T\]", r"\(4,\)"),
+        ("begins", torch.zeros(5, 2, dtype=torch.bool), r"\[T, N\]", r"\(5, 2\)"),
+        ("h0", torch.zeros(4), "broadcastable", r"\(4,\)"),
+        ("h0", torch.zeros(1, 1, 3), "broadcastable", r"\(1, 1, 3\)"),
+        ("h0", torch.zeros(3, dtype=torch.float64), "float32", "float64"),
+        ("h0", 0.0, "a tensor", "float"),
+        ("backend", "cuda", "'auto'", "'cuda'"),
+    ],
+)
+def test_errors_name_argument_expected_got_remedy(name, value, expected, got):
+    with pytest.raises(ValueError, match=rf"(?s)^{name}: .*expected.*({expected}).*got.*{got}.*;"):
+        linear_scan(**{**GOOD, name: value})
+
+
+def test_importing_the_package_compiles_nothing():
+    code = "import sys, cleanrl_memoroid.scan; sys.exit(any(m in sys.modules for m in ('numba', 'triton', 'jax')))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_without_numba_the_torch_backend_serves(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(scan_numba, "forward", None)
+    assert torch.isfinite(linear_scan(**GOOD)).all()
+    with pytest.raises(ValueError, match="^backend: 'numba' is not installed"):
+        linear_scan(**GOOD, backend="numba")
+
+
+# any monoid
+
+
+def matrix_product(left, right):
+    return right @ left  # not commutative
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 7, 8, 9, 31, 32, 33, 100])
+def test_associative_scan_equals_fold(steps):
+    elems = torch.randn(steps, 3, 3, dtype=torch.float64) / 2
+    elems.requires_grad_()
+    for reverse in (False, True):
+        calls = []
+
+        def operator(left, right):
+            calls.append(len(left))  # noqa: B023
+            return matrix_product(left, right)
+
+        out = associative_scan(operator, elems, reverse=reverse)
+        folded, expected = None, [None] * steps
+        for t in sorted(range(steps), reverse=reverse):
+            folded = elems[t] if folded is None else matrix_product(folded, elems[t])
+            expected[t] = folded
+        torch.testing.assert_close(out, torch.stack(expected))
+        weight = torch.randn_like(out)
+        ours = torch.autograd.grad(out, elems, weight)[0]
+        torch.testing.assert_close(ours, torch.autograd.grad(torch.stack(expected), elems, weight)[0])
+        assert sum(calls) <= 2 * steps and len(calls) <= 2 * max(1, steps.bit_length())  # O(T) work, O(log T) depth
+
+
+def test_associative_scan_on_a_pytree_along_another_dimension():
+    elems = {"sum": torch.randn(2, 9), "pair": (torch.rand(4, 9), [torch.randn(3, 9)])}
+
+    def operator(left, right):
+        assert left["sum"].shape[0] == 2  # time stays where it is
+        (a, (x,)), (b, (y,)) = left["pair"], right["pair"]
+        return {"sum": left["sum"] + right["sum"], "pair": (a * b, [torch.maximum(x, y)])}
+
+    out = associative_scan(operator, elems, dim=1)
+    torch.testing.assert_close(out["sum"], elems["sum"].cumsum(1))
+    torch.testing.assert_close(out["pair"][0], elems["pair"][0].cumprod(1))
+    torch.testing.assert_close(out["pair"][1][0], elems["pair"][1][0].cummax(1).values)
+    torch.testing.assert_close(associative_scan(operator, elems, dim=-1)["sum"], out["sum"])
+
+
+def test_associative_scan_errors():
+    add = torch.add
+    with pytest.raises(ValueError, match=r"^elems: .*\(3,\), \(4,\)"):
+        associative_scan(lambda left, right: left, (torch.ones(3), torch.ones(4)))
+    with pytest.raises(ValueError, match="^elems: .*T >= 1"):
+        associative_scan(add, torch.ones(0))
+    with pytest.raises(ValueError, match="^elems: .*pytree of tensors"):
+        associative_scan(add, ())
+    with pytest.raises(ValueError, match="^elems: .*dimension 1"):
+        associative_scan(add, torch.ones(3), dim=1)
+    with pytest.raises(ValueError, match="^operator: "):
+        associative_scan(lambda left, right: (left, right), torch.ones(3))
+
+
+def test_tune_cpu_keeps_single_precision():
+    code = (
+        "import torch; from cleanrl_memoroid.scan import tune_cpu; print(tune_cpu(), tune_cpu());"
+        "x, w = torch.randn(1000, 256), torch.randn(256, 256);"
+        "e = (x @ w - (x.double() @ w.double()).float()).abs().max(); assert e < 2e-4, e"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert tune_cpu.__doc__
+
+
+def test_chunks_are_crossed():
+    """The lengths above are of use only if they span several chunks of the torch backend."""
+    assert scan_torch._BASE < 64
