@@ -6,14 +6,18 @@
 A *tape* holds many episodes end to end; `begins` marks the first row of each, where the memory starts anew (Morad et al. 2024,
 "Recurrent Reinforcement Learning with Memoroids", eq. 12). Gradients flow to decay, x and h0.
 
-Backends: `numba` (CPU: runs at the speed of a memory copy), `triton` (CUDA), `torch` (everywhere), `ref` (the definition, a plain
-loop). Each module has `forward(decay, x, begins, h0, reverse) -> h` and
-`backward(decay, h, begins, h0, grad_h, reverse, need_decay_grad) -> (grad_decay or None, grad_x, grad_h0 or None)` on canonical
-shapes: x, h, grad_h [T, N, C], decay [N, C] (constant) or [T, N, C], begins bool [T, N] or None, h0 [N, C] or None, all contiguous.
+Backends: `numba` (CPU: runs at the speed of a memory copy), `triton` (CUDA), `torch` (everywhere), `ref` (the definition, a
+plain loop). They share one signature:
+
+    forward(decay, x, begins, h0, reverse) -> h
+    backward(decay, h, begins, h0, grad_h, reverse, need_decay_grad) -> (grad_decay or None, grad_x, grad_h0 or None)
+
+on contiguous x, h, grad_h [T, N, C], decay [N, C] (constant) or [T, N, C], begins bool [T, N] or None, h0 [N, C] or None.
 `tune_cpu()` sets two process-wide switches that matter more to the speed of training on a CPU than the scan does.
 """
 
 import ctypes
+import functools
 import importlib
 import importlib.util
 import sys
@@ -21,11 +25,14 @@ import sys
 import torch
 import torch.utils._pytree as pytree  # private in name, the one PyTorch itself builds on
 
-from cleanrl_memoroid import scan_ref
 from cleanrl_memoroid.scan_torch import blelloch_scan
 
-_DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
-_DOUBLE = {torch.float32: torch.float64, torch.complex64: torch.complex128}
+_DOUBLE = {  # of the dtypes that a scan takes
+    torch.float32: torch.float64,
+    torch.float64: torch.float64,
+    torch.complex64: torch.complex128,
+    torch.complex128: torch.complex128,
+}
 
 
 def linear_scan(decay, x, begins=None, h0=None, reverse=False, backend="auto"):
@@ -36,30 +43,29 @@ def linear_scan(decay, x, begins=None, h0=None, reverse=False, backend="auto"):
             to *S and as many dimensions as x; or a Python number. Of x's dtype, or of double its precision (a complex128 decay
             for a complex64 x), and is then carried in double.
         x: [T, *S] with T >= 1; float32, float64, complex64 or complex128.
-        begins: bool [T], or [T, N] where x is [T, N, ...]. A begin selects: nothing before it reaches a row after it, neither nan
-            nor inf, neither in values nor in gradients. With `reverse` it marks the first row *in scan order*. None: no resets.
+        begins: bool [T], or [T, N] where x is [T, N, ...]. A begin selects: nothing before it reaches a row after it, not nan
+            nor inf, not in values nor in gradients. With `reverse` it marks the first row *in scan order*. None: no resets.
         h0: broadcastable to *S, of x's dtype: the state before the first row in scan order. None: zeros.
         reverse: run from the last row to the first: h[t] = x[t] + decay[t] * (0 if begins[t] else h[t+1]).
-        backend: "auto" (numba on a CPU, triton on a CUDA card, torch where those are missing), or "numba", "triton", "torch", "ref".
+        backend: "auto" (numba on a CPU, triton on CUDA, torch where those are missing), "numba", "triton", "torch" or "ref".
     Returns: h, [T, *S], of x's dtype and device. Differentiable once in decay, x and h0 (twice with backend="ref").
     Raises: ValueError on a wrong shape, dtype, device or backend; the message names the argument and the remedy.
     Source: the memoroid of a diagonal linear recurrence, Morad et al. (2024), section 3 and eq. 12; gradient: the same scan in
         reverse, g[t] = dL/dh[t] + conj(decay[t+1]) (0 if begins[t+1] else g[t+1]).
     """
     decay = _check(decay, x, begins, h0)
+    module = _module(backend, x.device.type)
     steps, channels = x.shape[0], x.shape[1:]
+    full = x.shape if decay.dim() == x.dim() else channels
+    decay = decay if decay.shape == full else decay.expand(full)
+    h0 = h0 if h0 is None or h0.shape == channels else h0.expand(channels)
     groups = begins.shape[1] if begins is not None and begins.dim() == 2 else 1
-    shape = (groups, channels.numel() // groups)
-    decay = decay.expand(x.shape).reshape(steps, *shape) if decay.dim() == x.dim() else decay.expand(channels).reshape(shape)
-    if h0 is not None:
-        h0 = h0.expand(channels).reshape(shape)
-    if begins is not None:
-        begins = begins.reshape(steps, groups)
-    rows = x.reshape(steps, *shape)
-    name = _backend(backend, x.device)
-    if name == "ref":
-        return scan_ref.linear_scan(decay, rows, begins, h0, reverse).reshape(x.shape)
-    return _LinearScan.apply(decay, rows, begins, h0, reverse, name).reshape(x.shape)
+    rows = (steps, groups, channels.numel() // groups)  # [T, N, C]
+    if backend != "ref":
+        return _LinearScan.apply(decay, x, begins, h0, reverse, rows, module)
+    begins, h0 = (None if v is None else v.reshape(shape) for v, shape in ((begins, rows[:2]), (h0, rows[1:])))
+    decay = decay.reshape(rows if decay.dim() == x.dim() else rows[1:])
+    return module.linear_scan(decay, x.reshape(rows), begins, h0, reverse).reshape(x.shape)
 
 
 def associative_scan(operator, elems, dim=0, reverse=False):
@@ -70,23 +76,23 @@ def associative_scan(operator, elems, dim=0, reverse=False):
         elems: pytree (tensor, tuple, list, dict, nested) of tensors that share T >= 1 steps along `dim`; any dtype.
         dim: the time dimension of every tensor.
         reverse: fold from the last step to the first: out[t] = elems[T-1] • ... • elems[t].
-    Returns: pytree like `elems`: same structure, shapes, dtypes and devices. Differentiable through the operator, to any order.
+    Returns: pytree like `elems`: same structure, shapes, dtypes, devices. Differentiable through the operator, to any order.
     Raises: ValueError if there is no tensor, T is 0, the lengths along `dim` differ, or the operator changes the structure.
     Source: Blelloch (1993), section 1.4; with resets, Morad et al. (2024), eq. 12.
     """
     leaves, tree = pytree.tree_flatten(elems)
     if not leaves or not all(isinstance(leaf, torch.Tensor) and -leaf.dim() <= dim < leaf.dim() for leaf in leaves):
         found = [tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else type(leaf).__name__ for leaf in leaves]
-        raise ValueError(f"elems: expected a pytree of tensors that have a dimension {dim}, got {found}; pass tensors, or another dim")
+        raise _error("elems", f"a pytree of tensors that have a dimension {dim}", found, "pass tensors, or another dim")
     if len({leaf.shape[dim] for leaf in leaves}) > 1 or leaves[0].shape[dim] == 0:
         shapes = [tuple(leaf.shape) for leaf in leaves]
-        raise ValueError(f"elems: expected one length T >= 1 along dim {dim}, got shapes {shapes}; cut or pad them to one length")
+        raise _error("elems", f"one length T >= 1 along dim {dim}", shapes, "cut or pad them to one length")
 
     def on_leaves(left, right):
         left, right = (pytree.tree_unflatten([leaf.movedim(0, dim) for leaf in side], tree) for side in (left, right))
         out, out_tree = pytree.tree_flatten(operator(left, right))
         if out_tree != tree:
-            raise ValueError(f"operator: expected a result of the structure of elems, {tree}, got {out_tree}; return what came in")
+            raise _error("operator", f"a result of the structure of elems, {tree}", out_tree, "return what came in")
         return tuple(leaf.movedim(dim, 0) for leaf in out)
 
     rows = tuple(leaf.movedim(dim, 0) for leaf in leaves)
@@ -97,117 +103,129 @@ def associative_scan(operator, elems, dim=0, reverse=False):
 
 
 class _LinearScan(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, decay, x, begins, h0, reverse, backend):
-        decay, x, begins, h0 = (None if v is None else _plain(v.detach()) for v in (decay, x, begins, h0))
-        ctx.module, ctx.reverse = importlib.import_module(f"cleanrl_memoroid.scan_{backend}"), reverse
-        h = ctx.module.forward(decay, x, begins, h0, reverse)
-        ctx.save_for_backward(decay, h, begins, h0)
-        return h
+    """Between the caller's shapes and the backends' canonical ones, without a view in the graph for each of them."""
 
     @staticmethod
-    def backward(ctx, grad_h):
-        decay, h, begins, h0 = ctx.saved_tensors
+    def forward(ctx, decay, x, begins, h0, reverse, rows, module):
+        ctx.call, ctx.shapes = (reverse, rows, module), (decay.shape, x.shape, None if h0 is None else h0.shape)
+        decay_rows = _plain(decay).view(rows if decay.dim() == x.dim() else rows[1:])
+        begins = None if begins is None else _plain(begins).view(rows[:2])
+        h0 = None if h0 is None else _plain(h0).view(rows[1:])
+        h = module.forward(decay_rows, _plain(x).view(rows), begins, h0, reverse)
+        out = h.view(x.shape)
+        ctx.save_for_backward(decay_rows, h, begins, h0, decay, out)  # the last two stand in the graph
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        decay_rows, h, begins, h0, decay, out = ctx.saved_tensors
+        reverse, rows, module = ctx.call
+        grad_h = _plain(grad_out).view(rows)
         with torch.no_grad():
-            inputs = (None if v is None else _plain(v) for v in (decay, h, begins, h0, grad_h))
-            grads = ctx.module.backward(*(v if v is None else v.detach() for v in inputs), ctx.reverse, ctx.needs_input_grad[0])
+            grads = module.backward(decay_rows, h, begins, h0, grad_h, reverse, ctx.needs_input_grad[0])
         if torch.is_grad_enabled():  # create_graph=True: whoever differentiates again must hear of it
-            grads = _Once.apply(decay, h, grad_h, *grads)
-        return grads[0], grads[1], None, grads[2], None, None
+            grads = _Once.apply(decay, out, grad_out, *grads)
+        grad_decay, grad_x, grad_h0 = (g if g is None else g.view(shape) for g, shape in zip(grads, ctx.shapes))
+        return grad_decay, grad_x, None, grad_h0, None, None, None
 
 
 class _Once(torch.autograd.Function):
     """Passes gradients on and refuses to differentiate them, in what they were computed from."""
 
     @staticmethod
-    def forward(ctx, decay, h, grad_h, *grads):
+    def forward(ctx, decay, out, grad_out, *grads):
         return grads
 
     @staticmethod
     def backward(ctx, *_):
-        raise RuntimeError("linear_scan: cannot be differentiated twice; use backend='ref' or associative_scan for second derivatives")
+        raise RuntimeError(
+            "linear_scan: cannot be differentiated twice; use backend='ref' or associative_scan for second derivatives"
+        )
 
 
 def _plain(v):
-    """Contiguous memory without the lazy conjugation and negation that PyTorch keeps as flags."""
-    return v.resolve_conj().resolve_neg().contiguous()
+    """Contiguous memory outside the graph, without the conjugation and negation that PyTorch keeps as flags on a view."""
+    return v.detach().resolve_conj().resolve_neg().contiguous()
 
 
 def _check(decay, x, begins, h0):
     """Raises ValueError on the first argument that does not fit; returns decay as a tensor."""
-    if not isinstance(x, torch.Tensor) or x.dtype not in _DTYPES:
-        got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
-        raise ValueError(f"x: expected a tensor of float32, float64, complex64 or complex128, got {got}; convert it with .to()")
+    if _dtype(x) not in _DOUBLE:
+        raise _error("x", "a tensor of float32, float64, complex64 or complex128", _dtype(x), "convert it with .to()")
     if x.dim() == 0 or x.shape[0] == 0:
-        raise ValueError(f"x: expected [T, ...] with T >= 1, got shape {tuple(x.shape)}; a scan needs at least one row")
+        raise _error("x", "[T, ...] with T >= 1", f"shape {tuple(x.shape)}", "a scan needs at least one row")
     if not isinstance(decay, torch.Tensor):
         try:
             decay = torch.tensor(decay, dtype=x.dtype, device=x.device)
         except (TypeError, ValueError, RuntimeError):
-            raise ValueError(f"decay: expected a tensor or a number of {x.dtype}, got {decay!r}; pass a tensor") from None
-    if decay.dtype not in (x.dtype, _DOUBLE.get(x.dtype)):
-        allowed = " or ".join(str(d) for d in (x.dtype, _DOUBLE.get(x.dtype)) if d)
-        raise ValueError(f"decay: expected dtype {allowed} for x of {x.dtype}, got {decay.dtype}; convert it with decay.to({x.dtype})")
-    _broadcasts("decay", decay, x, x.shape if decay.dim() == x.dim() else x.shape[1:], "one value per channel, or [T, ...] like x")
+            raise _error("decay", f"a tensor or a number of {x.dtype}", repr(decay), "pass a tensor") from None
+    if decay.dtype not in (x.dtype, _DOUBLE[x.dtype]):
+        allowed = " or ".join(sorted({str(x.dtype), str(_DOUBLE[x.dtype])}))
+        raise _error("decay", f"dtype {allowed} for x of {x.dtype}", decay.dtype, f"convert it with decay.to({x.dtype})")
     if decay.dim() == x.dim() and decay.shape[0] != x.shape[0]:
-        raise ValueError(
-            f"decay: expected {x.shape[0]} rows like x, got shape {tuple(decay.shape)}; drop its first dimension if it is constant in time"
-        )
+        expected, remedy = f"{x.shape[0]} rows like x", "drop its first dimension if it is constant in time"
+        raise _error("decay", expected, f"shape {tuple(decay.shape)}", remedy)
+    _check_channels("decay", decay, x, x.shape if decay.dim() == x.dim() else x.shape[1:])
     if begins is not None:
-        if not isinstance(begins, torch.Tensor) or begins.dtype != torch.bool:
-            got = begins.dtype if isinstance(begins, torch.Tensor) else type(begins).__name__
-            raise ValueError(f"begins: expected a bool tensor, got {got}; convert it with begins.bool()")
+        if _dtype(begins) != torch.bool:
+            raise _error("begins", "a bool tensor", _dtype(begins), "convert it with begins.bool()")
         if begins.dim() not in (1, 2) or begins.shape != x.shape[: begins.dim()]:
-            raise ValueError(f"begins: expected shape [T] or [T, N] of x {tuple(x.shape)}, got {tuple(begins.shape)}; one flag per row")
-        _same_device("begins", begins, x)
+            expected = f"shape [T] or [T, N] of x {tuple(x.shape)}"
+            raise _error("begins", expected, tuple(begins.shape), "mark the first row of each episode")
+        _check_device("begins", begins, x)
     if h0 is not None:
-        if not isinstance(h0, torch.Tensor) or h0.dtype != x.dtype:
-            got = h0.dtype if isinstance(h0, torch.Tensor) else type(h0).__name__
-            raise ValueError(f"h0: expected a tensor of x's dtype {x.dtype}, got {got}; convert it with h0.to({x.dtype})")
-        _broadcasts("h0", h0, x, x.shape[1:], "one state, without a time dimension")
+        if _dtype(h0) != x.dtype:
+            raise _error("h0", f"a tensor of x's dtype {x.dtype}", _dtype(h0), f"convert it with h0.to({x.dtype})")
+        _check_channels("h0", h0, x, x.shape[1:])
     return decay
 
 
-def _broadcasts(name, v, x, shape, meaning):
-    if v.dim() > len(shape) or any(a not in (1, b) for a, b in zip(reversed(v.shape), reversed(shape))):
-        raise ValueError(
-            f"{name}: expected a shape broadcastable to {tuple(shape)} ({meaning}; x is {tuple(x.shape)}), got {tuple(v.shape)};"
-            " reshape it so that its dimensions line up with x's from the right"
-        )
-    _same_device(name, v, x)
+def _check_channels(name, v, x, shape):
+    if v.shape != shape and (v.dim() > len(shape) or any(a not in (1, b) for a, b in zip(v.shape[::-1], shape[::-1]))):
+        expected = f"a shape broadcastable to {tuple(shape)}, of x {tuple(x.shape)}"
+        raise _error(name, expected, tuple(v.shape), "line its dimensions up with those of x, from the right")
+    _check_device(name, v, x)
 
 
-def _same_device(name, v, x):
+def _check_device(name, v, x):
     if v.device != x.device:
-        raise ValueError(f"{name}: expected a tensor on x's device {x.device}, got {v.device}; move it with {name}.to(x.device)")
+        raise _error(name, f"a tensor on x's device {x.device}", v.device, f"move it with {name}.to(x.device)")
 
 
-def _backend(name, device):
-    """The module to use, as its name's ending; "auto" takes the fastest that is installed."""
-    fast = {"cpu": "numba", "cuda": "triton"}.get(device.type)
-    if name == "auto":
-        return fast if fast and importlib.util.find_spec(fast) else "torch"
-    if name not in ("numba", "triton", "torch", "ref"):
-        raise ValueError(f"backend: expected 'auto', 'numba', 'triton', 'torch' or 'ref', got {name!r}; 'auto' is right for most uses")
-    if name == "numba" and device.type != "cpu":
-        raise ValueError(f"backend: 'numba' runs on a CPU, x is on {device}; use 'triton', 'torch' or 'auto'")
-    if name in ("numba", "triton") and not importlib.util.find_spec(name):
-        raise ValueError(f"backend: {name!r} is not installed; pip install {name}, or use 'torch' or 'auto'")
-    return name
+def _dtype(v):
+    return v.dtype if isinstance(v, torch.Tensor) else type(v).__name__
+
+
+def _error(name, expected, got, remedy):
+    return ValueError(f"{name}: expected {expected}, got {got}; {remedy}")
+
+
+@functools.cache
+def _module(backend, device):
+    """The backend's module; "auto" takes the fastest that is installed."""
+    fast = {"cpu": "numba", "cuda": "triton"}.get(device)
+    if backend == "auto":
+        backend = fast if fast and importlib.util.find_spec(fast) else "torch"
+    if backend not in ("numba", "triton", "torch", "ref"):
+        raise _error("backend", "'auto', 'numba', 'triton', 'torch' or 'ref'", repr(backend), "'auto' is right for most uses")
+    if backend == "numba" and device != "cpu":
+        raise _error("backend", f"one for a {device} device", "'numba'", "use 'auto'")
+    if backend in ("numba", "triton") and not importlib.util.find_spec(backend):
+        raise _error("backend", "an installed one", repr(backend), f"pip install {backend}, or use 'auto'")
+    return importlib.import_module(f"cleanrl_memoroid.scan_{backend}")
 
 
 def tune_cpu():
-    """Two settings for the whole process that make training on a CPU up to twice as fast. Call it once, before the first tensor.
+    """Two settings for the whole process that make training on a CPU up to twice as fast. Call it before the first tensor.
 
-    1. glibc returns large blocks to the system when they are freed and takes fresh ones for the next tensor, one page fault per
-       4 KB: a clone of 32 MB runs at an eighth of the memory's speed. The thresholds are set so that freed memory stays
-       with the process (it then holds its peak). Linux with glibc only.
-    2. MKL runs single-precision matrix products at half speed on AMD processors; oneDNN does not. PyTorch hands them to oneDNN when
-       lower precision is *permitted*; without matrix units for it, the processor then still computes in full single precision. Kept
-       only if a trial product shows that precision; on processors with such units (AMX), or where PyTorch lacks the switch
-       (before 2.9), nothing changes.
+    1. glibc hands large blocks back to the system when they are freed, and every new tensor pays a page fault per 4 KB:
+       cloning 32 MB runs at an eighth of the memory's speed. With raised thresholds freed memory stays with the process,
+       which then holds on to its peak. On Linux with glibc only.
+    2. MKL runs single-precision matrix products at half speed on AMD processors, oneDNN at full speed. PyTorch hands them to
+       oneDNN if lower precision is *permitted*; a processor without matrix units for it still computes in full single
+       precision. Kept only if a trial product is that exact; elsewhere, and before PyTorch 2.9, nothing changes.
 
-    Returns: the names of the settings that took effect, ("malloc", "onednn") at most. Harmless to call twice.
+    Returns: the settings that took effect, ("malloc", "onednn") at most. Harmless to call twice.
     """
     effective = []
     if sys.platform == "linux":

@@ -1,8 +1,8 @@
 """The scan on a CPU: one pass over memory in Numba, with the state carried in double precision.
 
-Why sequential in time: a core advances a row of channels in about the time that the row takes to arrive from memory, so the pass runs
-at the speed of a copy (benchmark/scan.py), and a tree over time could only add traffic. The parallelism is across channels,
-in vector registers.
+Why sequential in time: a core advances a row of channels in about the time that the row takes to arrive from memory, so the
+pass runs at the speed of a copy (benchmark/scan.py), and a tree over time could only add traffic. The parallelism is across
+channels, in vector registers.
 
 Why double: a decay rounded to single precision is wrong by 6e-8 per step, and a long tape multiplies it with itself a hundred
 thousand times. Carried in double, the result is right to the last bits of single precision, and long tapes take no longer.
@@ -18,7 +18,6 @@ import torch
 
 # "contract" permits fused multiply-add and nothing else: nan and inf keep their meaning
 _jit = numba.njit(cache=True, nogil=True, fastmath={"contract"})
-_DOUBLE = {torch.float32: torch.float64, torch.complex64: torch.complex128}
 _FLUSH = 64  # rows whose contributions to the gradient of a constant decay are added up in x's precision, then moved to double
 
 
@@ -149,11 +148,11 @@ def _forward_one(decay, x, begins, state, h, reverse):
 
 def forward(decay, x, begins, h0, reverse):
     """See `scan.py` for the signature that all backends share. CPU tensors only."""
-    double = _DOUBLE.get(x.dtype, x.dtype)
-    state = torch.zeros(x[0].numel(), dtype=double) if h0 is None else h0.to(double, copy=True).flatten()
     h = torch.empty_like(x)
-    arrays = _decay_rows(decay), x.flatten(1).numpy(), _flags(begins, x), state.numpy(), h.flatten(1).numpy()
-    if x[0].numel() == 1:
+    rows, out = x.numpy().reshape(len(x), -1), h.numpy().reshape(len(x), -1)
+    state = np.zeros(rows.shape[1], _double(rows)) if h0 is None else h0.numpy().reshape(-1).astype(_double(rows))
+    arrays = _decay_rows(decay), rows, _flags(begins, x), state, out
+    if rows.shape[1] == 1:
         _forward_one(*(array.reshape(-1) for array in arrays), reverse)
     else:
         _forward(*arrays, reverse)
@@ -162,22 +161,25 @@ def forward(decay, x, begins, h0, reverse):
 
 def backward(decay, h, begins, h0, grad_h, reverse, need_decay_grad):
     """See `scan.py`."""
-    first = torch.zeros_like(h[0]) if h0 is None else h0
-    carry = torch.zeros_like(first, dtype=_DOUBLE.get(h.dtype, h.dtype))
-    rows, grad_x = _decay_rows(decay), torch.empty_like(h)
-    grad_decay = np.zeros(rows.shape, carry.numpy().dtype) if need_decay_grad else np.zeros((1, 1), carry.numpy().dtype)
-    arrays = (rows, h, _flags(begins, h), first, grad_h, carry, torch.zeros_like(first), grad_decay, grad_x)
-    arrays = (v.flatten(-2).numpy() if isinstance(v, torch.Tensor) else v for v in arrays)
-    _backward(*arrays, need_decay_grad, reverse)
-    grad_decay = torch.from_numpy(grad_decay).reshape(decay.shape).to(decay.dtype) if need_decay_grad else None
-    return grad_decay, grad_x, None if h0 is None else carry.to(h0.dtype)
+    grad_x = torch.empty_like(h)
+    decay_rows, rows = _decay_rows(decay), h.numpy().reshape(len(h), -1)
+    first = np.zeros(rows.shape[1], rows.dtype) if h0 is None else h0.numpy().reshape(-1)
+    carry, partial = np.zeros(rows.shape[1], _double(rows)), np.zeros(rows.shape[1], rows.dtype)
+    grad_decay = np.zeros(decay_rows.shape if need_decay_grad else (1, 1), _double(rows))
+    grads = grad_h.numpy().reshape(rows.shape), carry, partial, grad_decay, grad_x.numpy().reshape(rows.shape)
+    _backward(decay_rows, rows, _flags(begins, h), first, *grads, need_decay_grad, reverse)
+    grad_decay = torch.from_numpy(grad_decay).view(decay.shape).to(decay.dtype) if need_decay_grad else None
+    return grad_decay, grad_x, None if h0 is None else torch.from_numpy(carry).view(h0.shape).to(h0.dtype)
+
+
+def _double(rows):
+    return np.complex128 if rows.dtype.kind == "c" else np.float64
 
 
 def _decay_rows(decay):
     """[N, C] -> [1, D] in double; [T, N, C] -> [T, D] as it is, too large to copy."""
-    if decay.dim() == 3:
-        return decay.flatten(1).numpy()
-    return decay.to(_DOUBLE.get(decay.dtype, decay.dtype)).reshape(1, -1).numpy()
+    rows = decay.numpy()
+    return rows.reshape(len(rows), -1) if rows.ndim == 3 else rows.reshape(1, -1).astype(_double(rows), copy=False)
 
 
 def _flags(begins, x):

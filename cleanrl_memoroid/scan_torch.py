@@ -8,8 +8,8 @@ With T = K L rows, row j of all K chunks is one slab x[j::L], so that L slab ope
     2 carry    end[k] += decay^L * end[k-1] unless chunk k holds a begin: the same recurrence, K rows long, in double precision
     3 apply    run every chunk again, from the end of the chunk before it, and write
 
-This is the two-sweep scan of Blelloch (1993), section 1.4, with a branching of L instead of 2: memory is read twice and written
-once, and the longest chain of operations is 2 L + K. A tree of branching 2 loses digits where the decay is near one, this does not.
+This is the two-sweep scan of Blelloch (1993), section 1.4, with a branching of L instead of 2: memory is read twice and
+written once, and the longest chain of operations is 2 L + K. A tree of branching 2 loses digits where the decay is near one.
 """
 
 import math
@@ -74,7 +74,7 @@ def backward(decay, h, begins, h0, grad_h, reverse, need_decay_grad):
     if not need_decay_grad:
         return None, grad_x, grad_h0
 
-    # grad_decay[t] = conj(h[t-1]) g[t] where t is no begin, summed over t if the decay is constant; in blocks that fit the cache
+    # grad_decay[t] = conj(h[t-1]) g[t] unless t is a begin, summed over t if the decay is constant; in blocks that fit a cache
     first = torch.zeros_like(h[:1]) if h0 is None else h0[None]
     grad_decay = torch.zeros_like(decay)
     for low in range(0, len(h), 1024):
@@ -96,13 +96,14 @@ def backward(decay, h, begins, h0, grad_h, reverse, need_decay_grad):
 def blelloch_scan(operator, elems):
     """Inclusive scan of a tuple of tensors [T, ...] along time: out[t] = elems[0] • elems[1] • ... • elems[t].
 
-    Combine neighbours, scan the result, which is half as long, and fill in the rows between: O(T) applications of the operator,
+    Combine neighbours, scan the result, which is half as long, and fill in the rows between: O(T) operator applications,
     O(log T) deep, differentiable through the operator (Blelloch, 1993, section 1.4).
     """
     steps = len(elems[0])
     if steps == 1:
         return elems
-    odd = blelloch_scan(operator, operator(tuple(e[:-1:2] for e in elems), tuple(e[1::2] for e in elems)))  # out[1], out[3], ...
+    pairs = operator(tuple(e[:-1:2] for e in elems), tuple(e[1::2] for e in elems))
+    odd = blelloch_scan(operator, pairs)  # out[1], out[3], ...
     even = tuple(e[:1] for e in elems)  # out[0], then out[2] = out[1] • elems[2], ...
     if steps > 2:
         rest = operator(tuple(o[: (steps - 1) // 2] for o in odd), tuple(e[2::2] for e in elems))
@@ -113,7 +114,7 @@ def blelloch_scan(operator, elems):
 
 
 def _cut(begins, steps, length, reverse):
-    """Slab j as (slice of rows, number of chunks that have it, begins in it as (chunk, group) or None), and the chunks with a begin."""
+    """For each slab j: its rows, how many chunks have it, its begins as (chunk, group) or None. And: which chunks have one."""
     counts = [(steps - 1 - j) // length + 1 for j in range(length)]
     rows = [slice((steps - 1 - j) % length if reverse else j, None, length) for j in range(length)]
     if begins is None:

@@ -58,7 +58,7 @@ def load(pointer, at, mask, DTYPE: tl.constexpr, COMPLEX: tl.constexpr, CONJUGAT
 @triton.jit
 def load_flag(flags, at, mask):
     if flags is None:
-        flag = at < at  # False at compile time: selects on it vanish
+        flag = tl.zeros_like(mask)  # False at compile time: selects on it vanish
     else:
         flag = tl.load(flags + at, mask=mask, other=0) != 0
     return flag
@@ -313,7 +313,7 @@ def apply_backward(
         flag_at += STEP * N
     if grad_decay is not None and not VARYING:
         store(grad_decay, out, sum_re, sum_im, mask, COMPLEX)
-    if grad_h0 is not None:
+    if grad_h0 is not None:  # noqa: SIM102 (decided at compile time, the other at run time)
         if (chunk + 1) * L >= T:
             store(grad_h0, d, re, im, mask, COMPLEX)
 
@@ -328,9 +328,7 @@ def forward(decay, x, begins, h0, reverse):
     with torch.cuda.device_of(x):  # Triton launches on the current device, whatever its tensors are on; no-op for CPU
         carries, grid, options = reduce_chunks(decay, x, begins, h0, -1 if reverse else 1, adjoint=False)
         ahead = rows_ahead(x, decay) if decay.dim() == 3 else rows_ahead(x)
-        apply_forward[grid](
-            floats(x), floats(decay), floats(begins), floats(carries), floats(h), AHEAD=ahead, **options
-        )
+        apply_forward[grid](floats(x), floats(decay), floats(begins), floats(carries), floats(h), AHEAD=ahead, **options)
     return h
 
 
@@ -362,8 +360,8 @@ def reduce_chunks(decay, x, begins, h0, step, adjoint):
     T, N, C = x.shape
     L = chunk_length(T)
     chunks, tiles = triton.cdiv(T, L), triton.cdiv(N * C, LANES)
-    kinds = dict(COMPLEX=x.is_complex(), LANES=LANES, num_warps=1, enable_fp_fusion=True)
-    options = dict(T=T, L=L, N=N, C=C, STEP=step, VARYING=decay.dim() == 3, **kinds)
+    kinds = {"COMPLEX": x.is_complex(), "LANES": LANES, "num_warps": 1, "enable_fp_fusion": True}
+    options = {"T": T, "L": L, "N": N, "C": C, "STEP": step, "VARYING": decay.dim() == 3, **kinds}
     carries = h0
     if chunks > 1:
         ahead = rows_ahead(x, decay) if options["VARYING"] else rows_ahead(x)

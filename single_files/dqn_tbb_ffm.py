@@ -135,6 +135,10 @@ def make_env(env_id, env_kwargs, prev_action=True, video_folder=None):
             if not isinstance(env.observation_space, gym.spaces.Box):
                 env = gym.wrappers.FlattenObservation(env)
         if video_folder:
+            if "rgb_array" not in env.metadata.get("render_modes", ()):
+                raise ValueError(
+                    f"--capture-video: expected an environment with render mode rgb_array, {env_id} does not render; drop it"
+                )
             env = gym.wrappers.RecordVideo(env, video_folder, episode_trigger=lambda episode: True, disable_logger=True)
         return env
 
@@ -145,7 +149,9 @@ def parse_env_kwargs(text):
     try:
         return dict(**json.loads(text))
     except (ValueError, TypeError):
-        raise ValueError(f"--env-kwargs: expected a JSON object such as '{{\"k\": 10}}', got {text!r}; mind the quotes") from None
+        raise ValueError(
+            f"--env-kwargs: expected a JSON object such as '{{\"k\": 10}}', got {text!r}; mind the quotes"
+        ) from None
 
 
 def check_spaces(env_id, observation_space, action_space):
@@ -164,17 +170,16 @@ def check_spaces(env_id, observation_space, action_space):
 
 # Copied from cleanrl_memoroid/scan.py:tune_cpu
 def tune_cpu():
-    """Two settings for the whole process that make training on a CPU up to twice as fast. Call it once, before the first tensor.
+    """Two settings for the whole process that make training on a CPU up to twice as fast. Call it before the first tensor.
 
-    1. glibc returns large blocks to the system when they are freed and takes fresh ones for the next tensor, one page fault per
-       4 KB: a clone of 32 MB runs at an eighth of the memory's speed. The thresholds are set so that freed memory stays
-       with the process (it then holds its peak). Linux with glibc only.
-    2. MKL runs single-precision matrix products at half speed on AMD processors; oneDNN does not. PyTorch hands them to oneDNN when
-       lower precision is *permitted*; without matrix units for it, the processor then still computes in full single precision. Kept
-       only if a trial product shows that precision; on processors with such units (AMX), or where PyTorch lacks the switch
-       (before 2.9), nothing changes.
+    1. glibc hands large blocks back to the system when they are freed, and every new tensor pays a page fault per 4 KB:
+       cloning 32 MB runs at an eighth of the memory's speed. With raised thresholds freed memory stays with the process,
+       which then holds on to its peak. On Linux with glibc only.
+    2. MKL runs single-precision matrix products at half speed on AMD processors, oneDNN at full speed. PyTorch hands them to
+       oneDNN if lower precision is *permitted*; a processor without matrix units for it still computes in full single
+       precision. Kept only if a trial product is that exact; elsewhere, and before PyTorch 2.9, nothing changes.
 
-    Returns: the names of the settings that took effect, ("malloc", "onednn") at most. Harmless to call twice.
+    Returns: the settings that took effect, ("malloc", "onednn") at most. Harmless to call twice.
     """
     effective = []
     if sys.platform == "linux":
@@ -219,13 +224,14 @@ def resettable(operator, identity):
 def blelloch_scan(operator, elems):
     """Inclusive scan of a tuple of tensors [T, ...] along time: out[t] = elems[0] • elems[1] • ... • elems[t].
 
-    Combine neighbours, scan the result, which is half as long, and fill in the rows between: O(T) applications of the operator,
+    Combine neighbours, scan the result, which is half as long, and fill in the rows between: O(T) operator applications,
     O(log T) deep, differentiable through the operator (Blelloch, 1993, section 1.4).
     """
     steps = len(elems[0])
     if steps == 1:
         return elems
-    odd = blelloch_scan(operator, operator(tuple(e[:-1:2] for e in elems), tuple(e[1::2] for e in elems)))  # out[1], out[3], ...
+    pairs = operator(tuple(e[:-1:2] for e in elems), tuple(e[1::2] for e in elems))
+    odd = blelloch_scan(operator, pairs)  # out[1], out[3], ...
     even = tuple(e[:1] for e in elems)  # out[0], then out[2] = out[1] • elems[2], ...
     if steps > 2:
         rest = operator(tuple(o[: (steps - 1) // 2] for o in odd), tuple(e[2::2] for e in elems))
@@ -296,12 +302,12 @@ class FFM(nn.Module):
 class Tape(NamedTuple):
     """TBB: whole episodes end to end on one time axis; no padding, and the gradient reaches every first observation.
 
-        row            0     1     2     3(final) | 4     5(final) |
-        obs            o0    o1    o2    o3       | o0'   o1'      |     the final observation has a row of its own,
-        begins         1     0     0     0        | 1     0        |     so the successor of every step is the next row:
-        actions        a0    a1    a2    -        | a0'   -        |     one pass over the tape serves Q(s) and Q(s')
-        rewards        r1    r2    r3    -        | r1'   -        |
-        terminations   0     0     1     -        | 0     -        |     of actions[t]; a truncated episode has none
+    row            0     1     2     3(final) | 4     5(final) |
+    obs            o0    o1    o2    o3       | o0'   o1'      |     the final observation has a row of its own,
+    begins         1     0     0     0        | 1     0        |     so the successor of every step is the next row:
+    actions        a0    a1    a2    -        | a0'   -        |     one pass over the tape serves Q(s) and Q(s')
+    rewards        r1    r2    r3    -        | r1'   -        |
+    terminations   0     0     1     -        | 0     -        |     of actions[t]; a truncated episode has none
     """
 
     obs: torch.Tensor  # [T, O]
@@ -333,7 +339,9 @@ class TapeBuffer:
         if length == 0 or len(obs) != length + 1:
             raise ValueError(f"obs: expected the {length} observations of the actions and the final one, got {len(obs)}")
         if length + 1 > capacity:
-            raise ValueError(f"--buffer-size {capacity}: an episode of {length} steps takes {length + 1} rows; use a larger buffer")
+            raise ValueError(
+                f"--buffer-size {capacity}: an episode of {length} steps takes {length + 1} rows; use a larger buffer"
+            )
         while self.rows + length + 1 > capacity:
             self.rows -= self.episode_rows[self.oldest % len(self.episode_rows)]
             self.oldest += 1
@@ -382,7 +390,9 @@ class QNetwork(nn.Module):
         self.network = nn.Sequential(
             self.block(args.hidden_size, args.hidden_size), self.block(args.hidden_size, args.hidden_size)
         )
-        self.head = nn.Linear(args.hidden_size, 1 + env.single_action_space.n)  # the state's value, and each action's advantage
+        self.head = nn.Linear(
+            args.hidden_size, 1 + env.single_action_space.n
+        )  # the state's value, and each action's advantage
         nn.init.uniform_(self.head.weight, -((0.01 / args.hidden_size) ** 0.5), (0.01 / args.hidden_size) ** 0.5)
         nn.init.zeros_(self.head.bias)
 
@@ -440,7 +450,9 @@ def evaluate(q_network, env_fns, episodes, seeds, device):
             running[i] = 0
     envs.close()
     returns = np.array(returns)
-    print(f"evaluation: episodic_return={returns.mean():.4f} ({len(returns)} greedy episodes, {returns.min():.4f} to {returns.max():.4f})")
+    print(
+        f"evaluation: episodic_return={returns.mean():.4f} ({len(returns)} greedy episodes, {returns.min():.4f} to {returns.max():.4f})"
+    )
     return returns
 
 
@@ -454,7 +466,9 @@ def load(path, name, weights_only):
     """Reads a file of a run: `path` is the run's directory or the file itself."""
     path = os.path.join(path, name) if os.path.isdir(path) else path
     if not os.path.isfile(path):
-        raise ValueError(f"expected a run's directory with a file {name}, or such a file, got {path!r}; `ls runs` shows the runs")
+        raise ValueError(
+            f"expected a run's directory with a file {name}, or such a file, got {path!r}; `ls runs` shows the runs"
+        )
     return torch.load(path, map_location="cpu", weights_only=weights_only)
 
 
@@ -472,6 +486,11 @@ if __name__ == "__main__":
         own = ("seed", "cuda", "tune_cpu", "eval_episodes", "capture_video", "evaluate")
         args = Args(**{**trained["args"], **{name: getattr(args, name) for name in own}})
     env_kwargs = parse_env_kwargs(args.env_kwargs)
+    for name in ("num_envs", "batch_size", "train_frequency", "total_timesteps"):
+        if getattr(args, name) < 1:
+            raise ValueError(
+                f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}; use a positive number"
+            )
     if args.cuda and not torch.cuda.is_available():
         raise ValueError("--cuda: expected a CUDA device, PyTorch finds none; drop the flag to train on the CPU")
     run_name = checkpoint["run_name"] if checkpoint else f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
@@ -490,6 +509,8 @@ if __name__ == "__main__":
     eval_fns = [make_env(args.env_id, env_kwargs, args.prev_action, videos), *env_fns[1:]]
     # TBB: in the step that ends an episode, next_obs is already the first observation of the next one, and infos has the final one
     envs = gym.vector.SyncVectorEnv(env_fns, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    if args.capture_video:
+        eval_fns[0]().close()  # fails here rather than after training
     check_spaces(args.env_id, envs.single_observation_space, envs.single_action_space)
     env_seeds, eval_seeds = rng.integers(2**31, size=(2, args.num_envs)).tolist()
 
@@ -535,14 +556,33 @@ if __name__ == "__main__":
         global_step, update, obs, begins, recurrent_state, episodes = checkpoint["loop"]
         recurrent_state = recurrent_state.to(device)
         rng.bit_generator.state = checkpoint["rng"]
-        envs.envs = cloudpickle.loads(checkpoint["envs"])
+        if checkpoint["envs"]:
+            envs.envs = cloudpickle.loads(checkpoint["envs"])
+        else:
+            obs, begins, episodes = envs.reset()[0], np.ones(args.num_envs, bool), [[] for _ in range(args.num_envs)]
 
     start_time, start_step, last_report = time.time(), global_step, 0
     recent_returns, loss = deque(maxlen=20), torch.tensor(torch.nan)
-    print(f"{args.exp_name}: {args.env_id}, {args.total_timesteps:,} steps in {args.num_envs} environments on {device}, runs/{run_name}")
-    print(f"random actions for {args.learning_starts:,} steps, then an update every {args.train_frequency}, as {args.num_envs} environments step")
+    scan = "cleanrl_memoroid's scan" if linear_scan else "this file's own scan (faster with `pip install` of cleanrl-memoroid)"
+    print(f"{args.exp_name}: {args.env_id}, {args.total_timesteps:,} steps in {args.num_envs} environments, {device}, {scan}")
+    print(f"random actions for {args.learning_starts:,} steps, then an update every {args.train_frequency}; runs/{run_name}")
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", disable=not sys.stderr.isatty())
     while global_step < args.total_timesteps:
+        if args.checkpoint_interval and global_step % args.checkpoint_interval < args.num_envs:
+            content = {name: part.state_dict() for name, part in parts.items()}
+            content["loop"] = global_step, update, obs, begins, recurrent_state, episodes
+            content |= {"args": asdict(args), "run_name": run_name, "global_step": global_step, "rng": rng.bit_generator.state}
+            try:
+                content["envs"] = cloudpickle.dumps(envs.envs)
+            except Exception as error:  # whatever an environment raises
+                content["envs"] = None
+                if global_step == 0:
+                    print(
+                        f"{args.env_id} cannot be saved ({error}): after --resume, new episodes begin, and the run is not the same"
+                    )
+            save(f"runs/{run_name}/checkpoint.pt", content)
+            writer.flush()
+
         # ALGO LOGIC: put action logic here
         epsilon = linear_schedule(args.start_e, args.end_e, args.exploration_fraction * args.total_timesteps, global_step)
         with torch.no_grad():
@@ -620,13 +660,6 @@ if __name__ == "__main__":
             bar.update(global_step - bar.n)
             if bar.disable:
                 print(f"global_step={global_step}", *(f"{key}={value}" for key, value in status.items()), flush=True)
-
-        if args.checkpoint_interval and global_step % args.checkpoint_interval < args.num_envs:
-            content = {name: part.state_dict() for name, part in parts.items()}
-            content["loop"] = global_step, update, obs, begins, recurrent_state, episodes
-            content |= {"args": asdict(args), "run_name": run_name, "global_step": global_step, "rng": rng.bit_generator.state}
-            save(f"runs/{run_name}/checkpoint.pt", content | {"envs": cloudpickle.dumps(envs.envs)})
-            writer.flush()
     bar.close()
     print(f"trained for {global_step:,} steps, {update:,} updates, {time.time() - start_time:.1f} seconds")
 
