@@ -3,14 +3,14 @@
 # FFM: Morad et al. (2023), "Reinforcement Learning with Fast and Forgetful Memory", https://arxiv.org/abs/2310.04128
 """Double dueling DQN with Fast and Forgetful Memory (FFM), trained on a tape of whole episodes.
 
-    python single_files/dqn_tbb_ffm.py                                        # a memory task, solved in half a minute on a CPU
-    python single_files/dqn_tbb_ffm.py --env-id CartPole-v1 --seed 2          # any vector observation and discrete action
-    python single_files/dqn_tbb_ffm.py --resume runs/RUN                      # continue a killed run exactly
-    python single_files/dqn_tbb_ffm.py --evaluate runs/RUN                    # greedy episodes with a saved model
+    python single_files/dqn_tbb_ffm.py                               # a memory task, solved in half a minute on a CPU
+    python single_files/dqn_tbb_ffm.py --env-id CartPole-v1          # any vector observation with discrete actions
+    python single_files/dqn_tbb_ffm.py --resume runs/RUN             # continue a killed run exactly
+    python single_files/dqn_tbb_ffm.py --evaluate runs/RUN           # greedy episodes with the trained model
 
-This file is all there is: copy it into your own project and edit it. Only the `cleanrl_memoroid` import is shared, and it is optional.
-Shapes: T rows of a tape, B transitions on it, N environments, O observation, A actions, H width, M traces, C contexts. Time first.
-Does not include: n-step returns, prioritised replay, continuous actions, images, frame stacking.
+This file is all there is: copy it into your project and edit it. Only the import of `linear_scan` is shared, and optional.
+Shapes: T rows of a tape, B transitions on it, N environments, O observation, A actions, H width, M traces, C contexts;
+time comes first. Does not include: n-step returns, prioritised replay, continuous actions, images, frame stacking.
 """
 
 import ctypes
@@ -20,7 +20,7 @@ import sys
 import time
 from collections import deque
 from dataclasses import asdict, dataclass, fields
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import cloudpickle
 import gymnasium as gym
@@ -55,7 +55,7 @@ class Args:
     """if toggled, this experiment is also logged to Weights and Biases (WANDB_MODE=offline needs no account)"""
     wandb_project_name: str = "cleanrl-memoroid"
     """the project name in Weights and Biases"""
-    wandb_entity: Optional[str] = None
+    wandb_entity: str | None = None
     """the entity (team) in Weights and Biases"""
     capture_video: bool = False
     """if toggled, record the greedy episodes of an evaluation in `videos/{run_name}`, where the environment renders"""
@@ -65,14 +65,14 @@ class Args:
     """number of greedy episodes after training and with --evaluate (episodes)"""
     checkpoint_interval: int = 10_000
     """environment steps between checkpoints, from which --resume continues; 0 writes none (steps)"""
-    resume: Optional[str] = None
+    resume: str | None = None
     """run directory, `runs/...`: continue that run exactly, under its own flags"""
-    evaluate: Optional[str] = None
+    evaluate: str | None = None
     """run directory or model file: run greedy episodes and exit"""
 
     # Algorithm specific arguments
     env_id: str = "popgym-RepeatFirstEasy-v0"
-    """the id of the environment: popgym-* with finite actions, or any Gymnasium id with vector observations and discrete actions"""
+    """the id of the environment: popgym-* with finite actions, or any with vector observations and discrete actions"""
     env_kwargs: str = "{}"
     """arguments for the environment's constructor, as JSON, such as '{"k": 10, "num_decks": 2}'"""
     prev_action: bool = True
@@ -136,9 +136,7 @@ def make_env(env_id, env_kwargs, prev_action=True, video_folder=None):
                 env = gym.wrappers.FlattenObservation(env)
         if video_folder:
             if "rgb_array" not in env.metadata.get("render_modes", ()):
-                raise ValueError(
-                    f"--capture-video: expected an environment with render mode rgb_array, {env_id} does not render; drop it"
-                )
+                raise ValueError(f"--capture-video: expected an environment that renders, {env_id} does not; drop the flag")
             env = gym.wrappers.RecordVideo(env, video_folder, episode_trigger=lambda episode: True, disable_logger=True)
         return env
 
@@ -149,23 +147,17 @@ def parse_env_kwargs(text):
     try:
         return dict(**json.loads(text))
     except (ValueError, TypeError):
-        raise ValueError(
-            f"--env-kwargs: expected a JSON object such as '{{\"k\": 10}}', got {text!r}; mind the quotes"
-        ) from None
+        raise ValueError(f"--env-kwargs: expected a JSON object such as '{{\"k\": 10}}', got {text!r}; mind quotes") from None
 
 
 def check_spaces(env_id, observation_space, action_space):
     """Raises ValueError where this file cannot train, with what can."""
     if not isinstance(action_space, gym.spaces.Discrete):
-        raise ValueError(
-            f"--env-id {env_id}: expected a Discrete action space, got {action_space}; "
-            "use a PPO script for continuous actions, or a gymnasium.ActionWrapper that offers a finite choice"
-        )
+        remedy = "use a PPO script for continuous actions, or offer a finite choice with a gymnasium.ActionWrapper"
+        raise ValueError(f"--env-id {env_id}: expected a Discrete action space, got {action_space}; {remedy}")
     if not isinstance(observation_space, gym.spaces.Box) or len(observation_space.shape) != 1:
-        raise ValueError(
-            f"--env-id {env_id}: expected vector observations, got {observation_space}; "
-            "flatten them with gymnasium.wrappers.FlattenObservation in make_env, or put a convolution before the memory in QNetwork"
-        )
+        remedy = "use gymnasium.wrappers.FlattenObservation in make_env, or a convolution as QNetwork's encoder"
+        raise ValueError(f"--env-id {env_id}: expected vector observations, got {observation_space}; {remedy}")
 
 
 # Copied from cleanrl_memoroid/scan.py:tune_cpu
@@ -242,7 +234,7 @@ def blelloch_scan(operator, elems):
 
 
 class FFM(nn.Module):
-    """Fast and Forgetful Memory as a memoroid: traces that fade (alpha), turning at different speeds (omega).
+    """TBB: Fast and Forgetful Memory as a memoroid: traces that fade (alpha), turning at different speeds (omega).
 
     An element of the monoid is (X, t): the memory X, complex [M, C], and the number t of steps that it covers.
     Source: Morad et al. (2023), section 4; as a memoroid, Morad et al. (2024), appendix; input and output gates as there.
@@ -250,8 +242,8 @@ class FFM(nn.Module):
 
     def __init__(self, input_size, output_size, trace_size, context_size):
         super().__init__()
-        self.sizes = (trace_size, trace_size, output_size, output_size)
-        self.inputs = nn.Linear(input_size, sum(self.sizes))  # four projections of the same input, in one matrix product
+        self.sizes = (2 * trace_size, output_size, output_size)
+        self.inputs = nn.Linear(input_size, sum(self.sizes))  # W_pre, W_gi, W_go, W_skip in one matrix product
         self.mix = nn.Linear(2 * trace_size * context_size, output_size)
         self.alpha = nn.Parameter(torch.linspace(1e-6, 0.5, trace_size))  # decay per step
         self.omega = nn.Parameter(2 * torch.pi / torch.linspace(1, 1000, context_size))  # radians per step
@@ -265,35 +257,36 @@ class FFM(nn.Module):
         return x * (fade[:, :, None] * turn[:, None, :]) + right_x, t + right_t
 
     def decay(self):
-        """exp(-|alpha| (+) i omega), what one step multiplies X by; in double, since a long tape raises it to a high power. [M, C] c128"""
+        """exp(-|alpha| (+) i omega): what a step multiplies X by. In double, as a long tape takes its powers. [M, C] c128"""
         return torch.exp(torch.complex(-self.alpha.double().abs()[:, None], self.omega.double()[None, :]))
 
     def lift(self, obs):
-        """One step as an element of the monoid, beside what the readout needs of it. [T, H] -> [T, M, C] c64, [T, 2 O]"""
-        pre, gate, *skip = self.inputs(obs).split(self.sizes, dim=-1)
-        x = pre * torch.sigmoid(gate)
-        return x[:, :, None].expand(-1, -1, self.omega.numel()).to(torch.complex64), skip
+        """One step as an element of the monoid; and what the readout needs of it. [T, H] -> [T, M, C] c64, 2 x [T, O]"""
+        pre_and_gate, output_gate, skip = self.inputs(obs).split(self.sizes, dim=-1)
+        x = F.glu(pre_and_gate, dim=-1)  # W_pre o * sigmoid(W_gi o)  [T, M]
+        return x[:, :, None].expand(-1, -1, self.omega.numel()).to(torch.complex64), (output_gate, skip)
 
-    def readout(self, x, skip):
-        """The Markov state. [T, M, C] c64 -> [T, O]. Deviates: normalises before the output gate, the released code after it."""
-        z = self.mix(torch.view_as_real(x).flatten(1))  # real and imaginary parts side by side: one real matrix product
-        return torch.lerp(skip[1], F.layer_norm(z, z.shape[-1:]), torch.sigmoid(skip[0]))
+    def readout(self, x, gated):
+        """The Markov state. [T, M, C] c64, 2 x [T, O] -> [T, O]. Deviates: the released code normalises after the gate."""
+        output_gate, skip = gated
+        z = self.mix(torch.view_as_real(x).flatten(1))  # W_mix [Re X; Im X] as one real matrix product
+        return torch.lerp(skip, F.layer_norm(z, z.shape[-1:]), torch.sigmoid(output_gate))
 
     def forward(self, obs, begins):
         """TBB: a whole tape at once. [T, H], [T] -> [T, O]"""
-        x, skip = self.lift(obs)
+        x, gated = self.lift(obs)
         if linear_scan is not None:
             x = linear_scan(self.decay(), x, begins)
         else:
             identity = tuple(e.to(x.device) for e in self.identity)
             x, *_ = blelloch_scan(resettable(self.operator, identity), (x, torch.ones(len(x), device=x.device), begins))
-        return self.readout(x, skip)
+        return self.readout(x, gated)
 
     def step(self, obs, begins, recurrent_state):
         """TBB: one step of N environments, each from its own state. [N, H], [N], [N, M, C] -> [N, O], [N, M, C]"""
-        x, skip = self.lift(obs)
+        x, gated = self.lift(obs)
         recurrent_state = torch.where(begins[:, None, None], 0, recurrent_state) * self.decay().to(x.dtype) + x
-        return self.readout(recurrent_state, skip), recurrent_state
+        return self.readout(recurrent_state, gated), recurrent_state
 
     def initial_state(self, num_envs):
         return torch.zeros(num_envs, self.alpha.numel(), self.omega.numel(), dtype=torch.complex64, device=self.alpha.device)
@@ -340,7 +333,7 @@ class TapeBuffer:
             raise ValueError(f"obs: expected the {length} observations of the actions and the final one, got {len(obs)}")
         if length + 1 > capacity:
             raise ValueError(
-                f"--buffer-size {capacity}: an episode of {length} steps takes {length + 1} rows; use a larger buffer"
+                f"--buffer-size {capacity}: an episode of {length} steps takes {length + 1} rows; use a larger one"
             )
         while self.rows + length + 1 > capacity:
             self.rows -= self.episode_rows[self.oldest % len(self.episode_rows)]
@@ -387,12 +380,8 @@ class QNetwork(nn.Module):
         super().__init__()
         self.encoder = self.block(np.array(env.single_observation_space.shape).prod(), args.hidden_size)
         self.memory = FFM(args.hidden_size, args.hidden_size, args.trace_size, args.context_size)
-        self.network = nn.Sequential(
-            self.block(args.hidden_size, args.hidden_size), self.block(args.hidden_size, args.hidden_size)
-        )
-        self.head = nn.Linear(
-            args.hidden_size, 1 + env.single_action_space.n
-        )  # the state's value, and each action's advantage
+        self.network = nn.Sequential(*(self.block(args.hidden_size, args.hidden_size) for _ in range(2)))
+        self.head = nn.Linear(args.hidden_size, 1 + env.single_action_space.n)  # the value, and each action's advantage
         nn.init.uniform_(self.head.weight, -((0.01 / args.hidden_size) ** 0.5), (0.01 / args.hidden_size) ** 0.5)
         nn.init.zeros_(self.head.bias)
 
@@ -419,7 +408,7 @@ def td_target(q, next_q, tape, gamma):
     """r[t] + gamma (1 - termination[t]) Q_target(s[t+1], argmax_a Q(s[t+1], a)) for every transition of the tape. [B]
 
     TBB: row t + 1 is the successor of transition t, with the same history, its first observation included.
-    Double DQN, van Hasselt et al. (2016): q [T, A] of the online network chooses, next_q [T, A] of the target network evaluates.
+    Double DQN, van Hasselt et al. (2016): q [T, A] of the online network chooses, next_q [T, A] of the target network rates.
     """
     successors = tape.transitions + 1
     best = q[successors].argmax(dim=1, keepdim=True)
@@ -428,7 +417,7 @@ def td_target(q, next_q, tape, gamma):
 
 
 def evaluate(q_network, env_fns, episodes, seeds, device):
-    """Returns of greedy episodes [episodes]. Each environment has its share, so that short episodes are not counted more often."""
+    """Returns of greedy episodes [episodes]. Each environment has its share: short episodes are not counted more often."""
     envs = gym.vector.SyncVectorEnv(env_fns[:episodes], autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
     share = [len(range(i, episodes, envs.num_envs)) for i in range(envs.num_envs)]
     returns, running = [], np.zeros(envs.num_envs)
@@ -449,10 +438,8 @@ def evaluate(q_network, env_fns, episodes, seeds, device):
                 share[i] -= 1
             running[i] = 0
     envs.close()
-    returns = np.array(returns)
-    print(
-        f"evaluation: episodic_return={returns.mean():.4f} ({len(returns)} greedy episodes, {returns.min():.4f} to {returns.max():.4f})"
-    )
+    spread = f"{len(returns)} greedy episodes, {min(returns):.4f} to {max(returns):.4f}"
+    print(f"evaluation: episodic_return={np.mean(returns):.4f} ({spread})")
     return returns
 
 
@@ -466,9 +453,7 @@ def load(path, name, weights_only):
     """Reads a file of a run: `path` is the run's directory or the file itself."""
     path = os.path.join(path, name) if os.path.isdir(path) else path
     if not os.path.isfile(path):
-        raise ValueError(
-            f"expected a run's directory with a file {name}, or such a file, got {path!r}; `ls runs` shows the runs"
-        )
+        raise ValueError(f"expected a run's directory with a file {name}, or such a file, got {path!r}; see `ls runs`")
     return torch.load(path, map_location="cpu", weights_only=weights_only)
 
 
@@ -488,9 +473,7 @@ if __name__ == "__main__":
     env_kwargs = parse_env_kwargs(args.env_kwargs)
     for name in ("num_envs", "batch_size", "train_frequency", "total_timesteps"):
         if getattr(args, name) < 1:
-            raise ValueError(
-                f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}; use a positive number"
-            )
+            raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}; raise it")
     if args.cuda and not torch.cuda.is_available():
         raise ValueError("--cuda: expected a CUDA device, PyTorch finds none; drop the flag to train on the CPU")
     run_name = checkpoint["run_name"] if checkpoint else f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
@@ -507,7 +490,7 @@ if __name__ == "__main__":
     env_fns = [make_env(args.env_id, env_kwargs, args.prev_action)] * args.num_envs
     videos = f"videos/{run_name}" if args.capture_video else None
     eval_fns = [make_env(args.env_id, env_kwargs, args.prev_action, videos), *env_fns[1:]]
-    # TBB: in the step that ends an episode, next_obs is already the first observation of the next one, and infos has the final one
+    # TBB: in the step that ends an episode, next_obs is already the first one of the next episode; infos has the final one
     envs = gym.vector.SyncVectorEnv(env_fns, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
     if args.capture_video:
         eval_fns[0]().close()  # fails here rather than after training
@@ -577,9 +560,7 @@ if __name__ == "__main__":
             except Exception as error:  # whatever an environment raises
                 content["envs"] = None
                 if global_step == 0:
-                    print(
-                        f"{args.env_id} cannot be saved ({error}): after --resume, new episodes begin, and the run is not the same"
-                    )
+                    print(f"{args.env_id} cannot be saved ({error}): --resume will begin new episodes, the run will differ")
             save(f"runs/{run_name}/checkpoint.pt", content)
             writer.flush()
 
@@ -628,9 +609,9 @@ if __name__ == "__main__":
             loss.backward()
             grad_norm = nn.utils.clip_grad_norm_(q_network.parameters(), args.max_grad_norm)
             if not torch.isfinite(loss + grad_norm):
+                remedy = f"runs/{run_name}/checkpoint.pt is from before it; try a smaller --learning-rate or smaller rewards"
                 raise FloatingPointError(
-                    f"global_step={global_step}: loss {loss:.3g}, gradient norm {grad_norm:.3g}; the weights are still good, and saved in "
-                    f"runs/{run_name}/checkpoint.pt as of the last checkpoint. Try a smaller --learning-rate, and look at the rewards' size"
+                    f"global_step={global_step}: loss {loss:.3g}, gradient norm {grad_norm:.3g}; {remedy}"
                 )
             optimizer.step()
 
