@@ -1,4 +1,4 @@
-"""FFM as a memoroid: its algebra, and one memory by four roads: operator, linear_scan, one step at a time, one episode at a time."""
+"""FFM as a memoroid: its algebra, and one memory by four roads: operator, linear_scan, step by step, each episode alone."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def test_operator_is_associative_and_has_an_identity(memory):
 
 
 def test_resettable_is_associative_for_every_pattern_of_begins(ffm, memory):
-    """All eight combinations of begins in three elements; the readout sees X, and a longer scan sees t and the flag as well."""
+    """All eight combinations of begins in three elements. The readout sees X; a longer scan sees t and the flag too."""
     op = ffm.resettable(memory.operator, memory.identity)
     flags = torch.cartesian_prod(*[torch.tensor([False, True])] * 3)
     a, b, c = (element(8, flags[:, i], seed=i) for i in range(3))

@@ -80,7 +80,7 @@ def test_begins_on_both_sides_of_the_wrap(ffm):
 def test_an_episode_as_large_as_the_buffer_fits_and_a_larger_one_is_an_error(ffm):
     buffer, _ = fill(ffm, 10, [2, 9])
     assert read(buffer.sample(1, np.random.default_rng(0))) == [(1, 9)]
-    with pytest.raises(ValueError, match="--buffer-size 10: an episode of 10 steps takes 11 rows; use a larger buffer"):
+    with pytest.raises(ValueError, match="--buffer-size 10: an episode of 10 steps takes 11 rows; use a larger one"):
         buffer.add(*episode(2, 10))
     assert read(buffer.sample(1, np.random.default_rng(0))) == [(1, 9)]  # nothing is lost by the attempt
 
