@@ -16,6 +16,7 @@ JAX's gradient of a complex array is the conjugate of torch's. All arrays are fl
 XLA takes every core. For one core: `taskset -c 0`, with
 XLA_FLAGS="--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1".
 """
+
 import argparse
 import time
 from functools import partial
@@ -108,6 +109,7 @@ def paper_operator_scan(T, channels, begins, decay, grad=False, seed=0):
         grad: also the gradients of decay and x.
     Returns: callable -> h [T, D], or with `grad` (h [T, D], grad decay [D], grad x [T, D]).
     """
+
     def forward(decay, x, begins):
         decays = jnp.concatenate([jnp.ones((1, channels), decay.dtype), jnp.repeat(decay[None], T, axis=0)])
         x = jnp.concatenate([jnp.zeros((1, channels), x.dtype), x])
@@ -122,6 +124,7 @@ def lax_scan(T, channels, begins, decay, grad=False, seed=0, unroll=1):
 
     Arguments and result as `paper_operator_scan`; `unroll` is lax.scan's (steps per loop turn).
     """
+
     def forward(decay, x, begins):
         def step(h, inputs):
             x, begin = inputs
@@ -214,8 +217,13 @@ def linear_transformer_scan(T, K, V, begins, grad=False, seed=0):
     """
     rng = np.random.default_rng(seed)
     keys, queries = (np.asarray(1 + jax.nn.elu(normal(rng, (T, K)))) for _ in range(2))
-    inputs = {"keys": keys, "values": normal(rng, (T, V)), "queries": queries, "begins": begin_flags(T, begins),
-              "w": normal(rng, (T, V))}
+    inputs = {
+        "keys": keys,
+        "values": normal(rng, (T, V)),
+        "queries": queries,
+        "begins": begin_flags(T, begins),
+        "w": normal(rng, (T, V)),
+    }
 
     def forward(keys, values, queries, begins):
         def operator(left, right):
@@ -268,8 +276,10 @@ def check_all(T, channels=6):
             call = function(T, channels, begins, decay, True)
             wide = {k: v if v.dtype == bool else v.astype(np.result_type(v, np.float64)) for k, v in call.inputs.items()}
             expected = loop_gradients(**wide)
-            error = max(check(function.__name__, call(), expected),
-                        check(function.__name__, [function(T, channels, begins, decay)()], expected[:1]))
+            error = max(
+                check(function.__name__, call(), expected),
+                check(function.__name__, [function(T, channels, begins, decay)()], expected[:1]),
+            )
             print(f"{function.__name__:24} {dtype.__name__:10} {error:.0e}")
 
     call = ffm_operator_scan(T, 4, 3, begins, True)

@@ -12,6 +12,7 @@ its warm-up schedule, and the Polyak step of the target network.
 XLA takes every core. For one core: `taskset -c 0`, with
 XLA_FLAGS="--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1".
 """
+
 import argparse
 import contextlib
 import importlib
@@ -87,7 +88,8 @@ def check_repository(repo_path):
         raise ValueError(
             f"repo_path: expected a clone of proroklab/memory-monoids, got {repo}, which lacks "
             f"{', '.join(missing) or 'tape_update in losses.py'}. To get it:\n"
-            "  git clone https://github.com/proroklab/memory-monoids && git -C memory-monoids checkout fbdda1f")
+            "  git clone https://github.com/proroklab/memory-monoids && git -C memory-monoids checkout fbdda1f"
+        )
     return repo
 
 
@@ -112,8 +114,20 @@ def synthetic_tape(rows, obs_size, actions, episode, seed):
     return {name: values[:rows] for name, values in tape.items()}
 
 
-def paper_update(repo_path, memory="ffm", rows=1000, obs_size=8, actions=4, gamma=0.99, target_delay=200, clip=0.01,
-                 learning_rate=1e-4, warmup=200, episode=100, seed=0):
+def paper_update(
+    repo_path,
+    memory="ffm",
+    rows=1000,
+    obs_size=8,
+    actions=4,
+    gamma=0.99,
+    target_delay=200,
+    clip=0.01,
+    learning_rate=1e-4,
+    warmup=200,
+    episode=100,
+    seed=0,
+):
     """Build the paper's network, target, optimiser and a synthetic tape, and compile one update.
 
     Args:
@@ -143,8 +157,9 @@ def paper_update(repo_path, memory="ffm", rows=1000, obs_size=8, actions=4, gamm
         return network_class((obs_size,), actions, memory_class(HIDDEN, **sizes, key=memory_key), NETWORK, model_key)
 
     schedule = optax.warmup_cosine_decay_schedule(0, learning_rate, warmup, UPDATES, end_value=learning_rate)
-    optimizer = optax.chain(optax.zero_nans(), optax.clip_by_global_norm(clip),
-                            optax.adamw(schedule, weight_decay=0.0, eps=1e-8))
+    optimizer = optax.chain(
+        optax.zero_nans(), optax.clip_by_global_norm(clip), optax.adamw(schedule, weight_decay=0.0, eps=1e-8)
+    )
     q_network, q_target = network(), eqx.tree_inference(network(), True)
     opt_state = optimizer.init(eqx.filter(q_network, eqx.is_inexact_array))
     tape, discount, jitted = synthetic_tape(rows, obs_size, actions, episode, seed), jnp.array([gamma]), eqx.filter_jit(update)
@@ -180,5 +195,8 @@ if __name__ == "__main__":
             loss = call()
             times.append(1e3 * (time.perf_counter() - begin))
         times = times[2:]
-        print(f"{memory} rows {args.rows} parameters {call.parameters} compile_s {call.compile_seconds:.1f} "
-              f"median_ms {np.median(times):.1f} min_ms {min(times):.1f} loss {loss:.4f}", flush=True)
+        print(
+            f"{memory} rows {args.rows} parameters {call.parameters} compile_s {call.compile_seconds:.1f} "
+            f"median_ms {np.median(times):.1f} min_ms {min(times):.1f} loss {loss:.4f}",
+            flush=True,
+        )
