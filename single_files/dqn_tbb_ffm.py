@@ -49,6 +49,8 @@ class Args:
     """if toggled, cuDNN uses deterministic algorithms"""
     cuda: bool = False
     """if toggled, train on the CUDA device (networks this small are as fast on a CPU)"""
+    torch_threads: int = 1
+    """CPU threads of PyTorch; more pay for large networks on idle cores, and cost dearly on shared ones"""
     tune_cpu: bool = True
     """if toggled, set the two process-wide switches explained at `tune_cpu` below"""
     track: bool = False
@@ -83,6 +85,8 @@ class Args:
     """the learning rate of the optimizer at the start"""
     anneal_lr: bool = True
     """if toggled, the learning rate falls linearly to zero"""
+    lr_warmup: int = 0
+    """the learning rate first rises linearly from zero for this long (updates)"""
     num_envs: int = 16
     """the number of parallel environments"""
     buffer_size: int = 100_000
@@ -97,10 +101,10 @@ class Args:
     """the starting epsilon for exploration"""
     end_e: float = 0.05
     """the ending epsilon for exploration"""
-    exploration_fraction: float = 0.35
-    """the fraction of `total_timesteps` it takes from start_e to end_e"""
+    exploration_fraction: float = 0.25
+    """the fraction of `total_timesteps` it takes from start_e to end_e, once learning has started"""
     learning_starts: int = 5_000
-    """timestep to start learning (steps)"""
+    """timestep to start learning; until then actions are random (steps)"""
     train_frequency: int = 32
     """environment steps per update (steps)"""
     max_grad_norm: float = 1.0
@@ -473,15 +477,16 @@ if __name__ == "__main__":
         args = Args(**checkpoint["args"])
     elif args.evaluate:
         trained = load(args.evaluate, f"{args.exp_name}.cleanrl_model", weights_only=True)
-        own = ("seed", "cuda", "tune_cpu", "eval_episodes", "capture_video", "evaluate")
+        own = ("seed", "cuda", "torch_threads", "tune_cpu", "eval_episodes", "capture_video", "evaluate")
         args = Args(**{**trained["args"], **{name: getattr(args, name) for name in own}})
     env_kwargs = parse_env_kwargs(args.env_kwargs)
-    for name in ("num_envs", "batch_size", "train_frequency", "total_timesteps"):
+    for name in ("num_envs", "batch_size", "train_frequency", "total_timesteps", "torch_threads"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}; raise it")
     if args.cuda and not torch.cuda.is_available():
         raise ValueError("--cuda: expected a CUDA device, PyTorch finds none; drop the flag to train on the CPU")
     run_name = checkpoint["run_name"] if checkpoint else f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    torch.set_num_threads(args.torch_threads)
     if args.tune_cpu:
         tune_cpu()
 
@@ -570,7 +575,9 @@ if __name__ == "__main__":
             writer.flush()
 
         # ALGO LOGIC: put action logic here
-        epsilon = linear_schedule(args.start_e, args.end_e, args.exploration_fraction * args.total_timesteps, global_step)
+        duration = args.exploration_fraction * args.total_timesteps
+        epsilon = linear_schedule(args.start_e, args.end_e, duration, global_step - args.learning_starts)
+        epsilon = 1.0 if global_step < args.learning_starts else epsilon
         with torch.no_grad():
             inputs = torch.as_tensor(obs, dtype=torch.float32, device=device), torch.as_tensor(begins, device=device)
             q_values, recurrent_state = q_network.step(*inputs, recurrent_state)
@@ -608,8 +615,9 @@ if __name__ == "__main__":
             loss = F.smooth_l1_loss(old_val, target)
 
             # optimize the model
-            if args.anneal_lr:
-                optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - global_step / args.total_timesteps)
+            warm = min(1, (update + 1) / args.lr_warmup) if args.lr_warmup else 1
+            anneal = 1 - global_step / args.total_timesteps if args.anneal_lr else 1
+            optimizer.param_groups[0]["lr"] = args.learning_rate * warm * anneal
             optimizer.zero_grad()
             loss.backward()
             grad_norm = nn.utils.clip_grad_norm_(q_network.parameters(), args.max_grad_norm, foreach=True)
