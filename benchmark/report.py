@@ -1,0 +1,167 @@
+"""Turns finished runs and benchmark files into the tables and the picture of README.md and docs/.
+
+    python benchmark/report.py                    # from runs/ and benchmark/results/*.csv
+    python benchmark/report.py --runs ""          # from the committed benchmark/results/*.csv alone
+
+Runs of one script become benchmark/results/SCRIPT.csv (a row per run: the greedy return of its final network) and
+SCRIPT_curves.csv (training returns in bins of steps); these become SCRIPT.png and the Markdown tables between
+`<!-- results: NAME -->` and `<!-- end results -->`. Nothing is typed by hand.
+"""
+
+import argparse
+import csv
+import io
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+BINS = 40  # points of a curve
+
+
+def read_run(folder):
+    """(row of results, rows of the curve) of a finished run, or None."""
+    import torch
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    models = list(folder.glob("*.cleanrl_model"))
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0}).Reload()
+    if not models or "eval/episodic_return" not in events.Tags()["scalars"]:
+        return None
+    args = torch.load(models[0], weights_only=True)["args"]
+    evaluation, training = events.Scalars("eval/episodic_return"), events.Scalars("charts/episodic_return")
+    returns = [e.value for e in evaluation]
+    run = {"script": args["exp_name"], "env_id": args["env_id"], "env_kwargs": args["env_kwargs"], "seed": args["seed"]}
+    result = run | {
+        "total_timesteps": args["total_timesteps"],
+        "greedy_return": f"{np.mean(returns):.4f}",
+        "lowest": f"{min(returns):.4f}",
+        "episodes": len(returns),
+        "seconds": f"{evaluation[-1].wall_time - events.FirstEventTimestamp():.1f}",  # from the first log to the last
+    }
+    edges = np.linspace(0, args["total_timesteps"], BINS + 1)
+    which = np.digitize([e.step for e in training], edges)
+    values = np.array([e.value for e in training])
+    curve = [
+        run | {"global_step": int(edges[i]), "episodic_return": f"{values[which == i].mean():.4f}"}
+        for i in range(1, BINS + 1)
+        if (which == i).any()
+    ]
+    return result, curve
+
+
+def write(path, text):
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(text if isinstance(text, bytes) else text.encode())
+    partial.replace(path)
+    print(f"wrote {path}")
+
+
+def write_rows(path, rows):
+    out = io.StringIO()
+    writer = csv.DictWriter(out, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write(path, out.getvalue())
+
+
+def read_rows(path):
+    """Rows of a CSV file as dicts, and its leading comment."""
+    lines = path.read_text().splitlines()
+    comment = [line[1:].strip() for line in lines if line.startswith("#")]
+    return list(csv.DictReader(line for line in lines if not line.startswith("#"))), " ".join(comment)
+
+
+def markdown(rows, columns):
+    lines = [columns, ["---"] * len(columns), *([row[c] for c in columns] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def run_table(rows):
+    """One row per environment, every seed's return listed."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row["env_id"], row["env_kwargs"], row["total_timesteps"]].append(row)
+    table = []
+    for (env_id, env_kwargs, steps), members in groups.items():
+        returns = np.array([float(m["greedy_return"]) for m in members])
+        seconds = [float(m["seconds"]) for m in members]
+        table.append(
+            {
+                "environment": env_id + ("" if env_kwargs == "{}" else f" {env_kwargs}"),
+                "steps": f"{int(steps):,}",
+                "greedy return, mean ± sd": f"{returns.mean():.3f} ± {returns.std():.3f}",
+                "each seed": ", ".join(f"{r:.3f}" for r in returns),
+                "seconds per run": f"{min(seconds):.0f} to {max(seconds):.0f}",
+            }
+        )
+    return markdown(table, list(table[0]))
+
+
+def picture(curves, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "0"
+    import matplotlib.pyplot as plt
+
+    environments = list(dict.fromkeys(row["env_id"] for row in curves))
+    figure, axes = plt.subplots(1, len(environments), figsize=(5 * len(environments), 3), squeeze=False, layout="constrained")
+    for axis, env_id in zip(axes[0], environments):
+        seeds = defaultdict(list)
+        for row in curves:
+            if row["env_id"] == env_id:
+                seeds[row["seed"]].append((int(row["global_step"]), float(row["episodic_return"])))
+        for points in seeds.values():
+            axis.plot(*np.array(points).T, color="tab:blue", alpha=0.6)
+        axis.set(
+            title=f"{env_id}, {len(seeds)} seeds", xlabel="environment steps", ylabel="training return", ylim=(-1.05, 1.05)
+        )
+        axis.grid(alpha=0.3)
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=110, metadata={"Software": None})
+    write(path, out.getvalue())
+
+
+def fill(root, tables):
+    """Puts each table between its markers in README.md and docs/."""
+    for page in [root / "README.md", *sorted((root / "docs").glob("*.md"))]:
+        text = page.read_text()
+        for name, table in tables.items():
+            begin, end = f"<!-- results: {name} -->\n", "<!-- end results -->"
+            if begin in text:
+                head, rest = text.split(begin, 1)
+                text = head + begin + table + "\n" + rest[rest.index(end) :]
+        if text != page.read_text():
+            write(page, text)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parents[1], help="the repository")
+    parser.add_argument("--runs", default="runs", help='folder of the runs below the root; "" leaves them out')
+    parser.add_argument("--no-pictures", action="store_true", help="tables only; needs no matplotlib")
+    args = parser.parse_args()
+    results = args.root / "benchmark" / "results"
+    scripts = defaultdict(list)
+    for folder in sorted((args.root / args.runs).glob("*/")) if args.runs else []:
+        if (found := read_run(folder)) is not None:
+            scripts[found[0]["script"]].append(found)
+        else:
+            print(f"{folder.name}: not finished, left out")
+    for script, found in scripts.items():
+        found.sort(key=lambda pair: (pair[0]["env_id"], pair[0]["env_kwargs"], int(pair[0]["seed"])))
+        write_rows(results / f"{script}.csv", [result for result, _ in found])
+        write_rows(results / f"{script}_curves.csv", [row for _, curve in found for row in curve])
+
+    tables = {}
+    for path in sorted(results.glob("*_curves.csv")):
+        name = path.stem.removesuffix("_curves")
+        if not args.no_pictures:
+            picture(read_rows(path)[0], results / f"{name}.png")
+        tables[name] = run_table(read_rows(results / f"{name}.csv")[0])
+    for name in ("scan", "update", "collect", "scan_cuda"):
+        if (path := results / f"{name}.csv").exists():
+            rows, where = read_rows(path)
+            tables[name] = f"{where}\n\n{markdown(rows, list(rows[0]))}"
+    fill(args.root, tables)

@@ -1,0 +1,65 @@
+"""What README.md and docs/ tell a reader to type exists, and the Python they show runs."""
+
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"```(\w+)\n(.*?)```", re.DOTALL)
+
+
+def blocks(language):
+    return [(page.name, code) for page in PAGES for kind, code in BLOCK.findall(page.read_text()) if kind == language]
+
+
+def test_ci_runs_the_very_test_command_of_the_readme():
+    (command,) = (code.strip() for name, code in blocks("bash") if name == "README.md" and "pytest" in code)
+    assert command.replace("pip install -e", "pip install -q -e") in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_files_exist(page):
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        assert target.startswith("http") or (page.parent / target).exists(), target
+    for path in re.findall(r"\b(?:single_files|benchmark|tests|cleanrl_memoroid)/[\w/]+\.\w+", page.read_text()):
+        assert (ROOT / path).exists(), path
+
+
+def test_commands_use_flags_that_the_scripts_have():
+    """Every `python some/script.py --flag` in the pages and in benchmark/*.sh."""
+    texts = [code for _, code in blocks("bash")] + [path.read_text() for path in (ROOT / "benchmark").glob("*.sh")]
+    used = {}
+    for line in "\n".join(texts).replace("\\\n", " ").splitlines():
+        for script in re.findall(r"((?:single_files|benchmark)/\w+\.py|my_agent\.py)", line):
+            script = script.replace("my_agent.py", "single_files/dqn_tbb_ffm.py")
+            used.setdefault(script, set()).update(re.findall(r"\s--([a-z-]+)", line.split("#")[0]))
+    assert "resume" in used["single_files/dqn_tbb_ffm.py"]
+    for script, flags in used.items():
+        shown = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True)
+        assert shown.returncode == 0, shown.stderr
+        for flag in flags:
+            assert f"--{flag}" in shown.stdout, f"{script} --{flag}"
+
+
+@pytest.mark.parametrize("name, code", blocks("python"))
+def test_python_of_the_pages_runs(name, code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_report_reproduces_the_pages(tmp_path):
+    """The tables of README.md and docs/ are what benchmark/report.py writes from the committed CSV files."""
+    for part in ("docs", "benchmark/results"):
+        shutil.copytree(ROOT / part, tmp_path / part)
+    shutil.copy(ROOT / "README.md", tmp_path)
+    for page in PAGES:  # the copy starts with empty tables
+        text = re.sub(r"(<!-- results: \w+ -->\n).*?(?=<!-- end)", r"\1", page.read_text(), flags=re.DOTALL)
+        (tmp_path / page.relative_to(ROOT)).write_text(text)
+    report = [sys.executable, ROOT / "benchmark" / "report.py", "--runs", "", "--no-pictures", "--root", tmp_path]
+    subprocess.run(report, check=True)
+    for page in PAGES:
+        assert page.read_text() == (tmp_path / page.relative_to(ROOT)).read_text(), page.name
