@@ -24,7 +24,9 @@ def forward(decay, x, begins, h0, reverse):
     """See `scan.py` for the signature that all backends share."""
     if len(x) <= _BASE:
         return _loop(decay, x, begins, h0, reverse)
-    length = 2 ** round(math.log2(len(x)) / 2)
+    length = 2 ** (
+        round(math.log2(len(x)) / 2) - 1
+    )  # short: each row of a chunk adds the rounding of a single-precision decay
     slabs, dead = _cut(begins, len(x), length, reverse)
     constant, a = decay.dim() == 2, decay.to(x.dtype)
 
@@ -83,9 +85,9 @@ def backward(decay, h, begins, h0, grad_h, reverse, need_decay_grad):
             previous = h[low + 1 : high + 1] if high < len(h) else torch.cat([h[low + 1 :], first])
         else:
             previous = h[low - 1 : high - 1] if low else torch.cat([first, h[: high - 1]])
-        product = previous.conj() * grad_x[low:high]
+        product = torch.mul(previous.conj(), grad_x[low:high])
         if begins is not None:
-            product.masked_fill_(begins[low:high, :, None], 0)
+            product[begins[low:high].nonzero(as_tuple=True)] = 0
         if decay.dim() == 3:
             grad_decay[low:high] = product
         else:

@@ -58,7 +58,7 @@ def load(pointer, at, mask, DTYPE: tl.constexpr, COMPLEX: tl.constexpr, CONJUGAT
 @triton.jit
 def load_flag(flags, at, mask):
     if flags is None:
-        flag = tl.zeros_like(mask)  # False at compile time: selects on it vanish
+        flag = at < at  # False at compile time: selects on it vanish
     else:
         flag = tl.load(flags + at, mask=mask, other=0) != 0
     return flag
@@ -119,7 +119,7 @@ def chunk_ends(
     p_re, p_im = tl.full([LANES], 1.0, DTYPE), tl.zeros([LANES], DTYPE)
     re, im = tl.zeros([LANES], DTYPE), tl.zeros([LANES], DTYPE)
     cut = d < 0
-    for i in range(0, L, AHEAD):
+    for _block in range(0, L, AHEAD):
         for _ahead in tl.static_range(AHEAD):  # unrolled, so that the loads of later rows overlap this row's arithmetic
             x_re, x_im = load(x, at, mask, DTYPE, COMPLEX)
             begin = load_flag(begins, flag_at, mask)
@@ -245,8 +245,8 @@ def apply_forward(
 
 @triton.jit
 def backward_rows(
-    REST: tl.constexpr, grad_h, h, h0, decay, begins, grad_x, grad_decay, at, flag_at, h0_at, h0_re, h0_im,
-    re, im, sum_re, sum_im, a_re, a_im, mask, N: tl.constexpr, C: tl.constexpr, STEP: tl.constexpr,
+    REST: tl.constexpr, grad_h, h, decay, begins, grad_x, grad_decay, at, flag_at, h0_at, re, im, sum_re, sum_im, a_re, a_im,
+    mask, N: tl.constexpr, C: tl.constexpr, STEP: tl.constexpr,
     VARYING: tl.constexpr, COMPLEX: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """AHEAD rows from the one at `at`, with c = (re, im). Returns the last c and the sum of grad_decay so far."""
@@ -259,15 +259,12 @@ def backward_rows(
     if grad_decay is not None:
         before = at + STEP * N * C  # the row that h[t] was made from is the gradient's next
         h_re, h_im = load(h, before, mask & (before != h0_at), re.dtype, COMPLEX)
-        if h0 is not None:
-            h_re = tl.where(before == h0_at, h0_re, h_re)
-            h_im = tl.where(before == h0_at, h0_im, h_im)
         da_re, da_im = times_unless(begin, h_re, -h_im, g_re, g_im, COMPLEX)
         sum_re, sum_im = sum_re + da_re, sum_im + da_im
     last_re, last_im = re, im
     if AHEAD > 1:
         last_re, last_im, sum_re, sum_im = REST(
-            REST, grad_h, h, h0, decay, begins, grad_x, grad_decay, at + STEP * N * C, flag_at + STEP * N, h0_at, h0_re, h0_im,
+            REST, grad_h, h, decay, begins, grad_x, grad_decay, at + STEP * N * C, flag_at + STEP * N, h0_at,
             re, im, sum_re, sum_im, a_re, a_im, mask, N, C, STEP, VARYING, COMPLEX, AHEAD - 1,
         )  # fmt: skip
     store(grad_x, at, g_re, g_im, mask, COMPLEX)
@@ -288,34 +285,40 @@ def apply_backward(
     a_re, a_im = load(decay, d, mask, DTYPE, COMPLEX, CONJUGATE=True)
     re, im = tl.zeros([LANES], DTYPE), tl.zeros([LANES], DTYPE)
     sum_re, sum_im = re, im
-    h0_re, h0_im = re, im
     h0_at = d - N * C if STEP < 0 else d + T.to(tl.int64) * (N * C)  # where h0 would stand in h: one row beyond the end
     out = chunk * (N * C) + d
-    if h0 is not None:
-        h0_re, h0_im = load(h0, d, mask, DTYPE, COMPLEX)
     if carries is not None:
         re, im = load(carries, out, mask, DTYPE, COMPLEX)
     rows = tl.minimum(L, T - chunk * L)
     whole = rows // AHEAD * AHEAD
     for _ in range(0, whole, AHEAD):
         re, im, sum_re, sum_im = backward_rows(
-            backward_rows, grad_h, h, h0, decay, begins, grad_x, grad_decay, at, flag_at, h0_at, h0_re, h0_im,
+            backward_rows, grad_h, h, decay, begins, grad_x, grad_decay, at, flag_at, h0_at,
             re, im, sum_re, sum_im, a_re, a_im, mask, N, C, STEP, VARYING, COMPLEX, AHEAD,
         )  # fmt: skip
         at += AHEAD * STEP * N * C
         flag_at += AHEAD * STEP * N
     for _ in range(whole, rows):
         re, im, sum_re, sum_im = backward_rows(
-            backward_rows, grad_h, h, h0, decay, begins, grad_x, grad_decay, at, flag_at, h0_at, h0_re, h0_im,
+            backward_rows, grad_h, h, decay, begins, grad_x, grad_decay, at, flag_at, h0_at,
             re, im, sum_re, sum_im, a_re, a_im, mask, N, C, STEP, VARYING, COMPLEX, 1,
         )  # fmt: skip
         at += STEP * N * C
         flag_at += STEP * N
-    if grad_decay is not None and not VARYING:
-        store(grad_decay, out, sum_re, sum_im, mask, COMPLEX)
-    if grad_h0 is not None:  # noqa: SIM102 (decided at compile time, the other at run time)
+    if h0 is not None:
         if (chunk + 1) * L >= T:
             store(grad_h0, d, re, im, mask, COMPLEX)
+            if grad_decay is not None:  # h[t-1] of the last row walked is h0, for which the walk took 0
+                tl.debug_barrier()  # before grad_x is read back
+                at, flag_at = at - STEP * N * C, flag_at - STEP * N
+                g_re, g_im = load(grad_x, at, mask, DTYPE, COMPLEX)
+                h_re, h_im = load(h0, d, mask, DTYPE, COMPLEX)
+                da_re, da_im = times_unless(load_flag(begins, flag_at, mask), h_re, -h_im, g_re, g_im, COMPLEX)
+                if VARYING:
+                    store(grad_decay, at, da_re, da_im, mask, COMPLEX)
+                sum_re, sum_im = sum_re + da_re, sum_im + da_im
+    if grad_decay is not None and not VARYING:
+        store(grad_decay, out, sum_re, sum_im, mask, COMPLEX)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ class Args:
     """arguments for the environment's constructor, as JSON, such as '{"k": 10, "num_decks": 2}'"""
     prev_action: bool = True
     """if toggled, POPGym observations include the previous action"""
-    total_timesteps: int = 60_000
+    total_timesteps: int = 75_000
     """total timesteps of the experiment, over all environments (steps)"""
     learning_rate: float = 1e-3
     """the learning rate of the optimizer at the start"""
@@ -93,7 +93,7 @@ class Args:
     """the capacity of the tape buffer; an episode of L transitions takes L + 1 rows (rows)"""
     gamma: float = 0.99
     """the discount factor gamma"""
-    tau: float = 0.005
+    tau: float = 0.01
     """the target network moves this share of the way to the Q network at each update"""
     batch_size: int = 1_000
     """a tape is filled with whole episodes until it holds this many transitions (transitions)"""

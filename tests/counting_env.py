@@ -5,7 +5,7 @@ import numpy as np
 
 
 class Counting(gym.Env):
-    """obs = (environment's number, episode, step); every second episode is truncated, the others terminate; 2 to 6 steps each."""
+    """obs = (environment, episode, step); episodes of 2 to 6 steps, every second one truncated, the others terminated."""
 
     observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float32)
     action_space = gym.spaces.Discrete(3, start=5)
