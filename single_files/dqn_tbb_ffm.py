@@ -139,8 +139,6 @@ def make_env(env_id, env_kwargs, prev_action=True, video_folder=None):
             if not isinstance(env.observation_space, gym.spaces.Box):
                 env = gym.wrappers.FlattenObservation(env)
         if video_folder:
-            if "rgb_array" not in env.metadata.get("render_modes", ()):
-                raise ValueError(f"--capture-video: expected an environment that renders, {env_id} does not; drop the flag")
             env = gym.wrappers.RecordVideo(env, video_folder, episode_trigger=lambda episode: True, disable_logger=True)
         return env
 
@@ -503,7 +501,9 @@ if __name__ == "__main__":
     # TBB: in the step that ends an episode, next_obs is already the first one of the next episode; infos has the final one
     envs = gym.vector.SyncVectorEnv(env_fns, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
     if args.capture_video:
-        eval_fns[0]().close()  # fails here rather than after training
+        if "rgb_array" not in envs.metadata.get("render_modes", ()):
+            raise ValueError(f"--capture-video: expected an environment that renders, {args.env_id} does not; drop the flag")
+        import moviepy  # noqa: F401  RecordVideo needs it: better to fail here than after training
     check_spaces(args.env_id, envs.single_observation_space, envs.single_action_space)
     env_seeds, eval_seeds = rng.integers(2**31, size=(2, args.num_envs)).tolist()
 
