@@ -363,9 +363,11 @@ class TapeBuffer:
             raise ValueError("TapeBuffer.sample: expected a stored episode, got none; add one first")
         drawn = rng.integers(self.oldest, self.newest, size=batch_size) % len(self.episode_begins)
         drawn = drawn[: np.searchsorted(np.cumsum(self.episode_rows[drawn] - 1), batch_size) + 1]
-        rows = self.episode_rows[drawn]
+        # lone rows, episodes without a step, round the length up to 32: oneDNN takes 10 ms to get ready for a new length
+        lone = np.zeros(-self.episode_rows[drawn].sum() % 32, int)
+        first, rows = np.append(self.episode_begins[drawn], lone), np.append(self.episode_rows[drawn], lone + 1)
         ends = np.cumsum(rows)
-        at = (np.repeat(self.episode_begins[drawn] - (ends - rows), rows) + np.arange(ends[-1])) % len(self.obs)
+        at = (np.repeat(first - (ends - rows), rows) + np.arange(ends[-1])) % len(self.obs)
         begins, final = np.zeros(len(at), bool), np.zeros(len(at), bool)
         begins[ends - rows], final[ends - 1] = True, True
         tape = self.obs[at], begins, self.actions[at], self.rewards[at], self.terminations[at], np.flatnonzero(~final)

@@ -29,6 +29,11 @@ def read(tape):
     """The tape cut at its begins, every row checked: (number, length) of each episode."""
     found = []
     bounds = [*np.flatnonzero(tape.begins), len(tape.obs)]
+    lone = 0
+    while bounds[-1] - bounds[-2] == 1:  # rows that round the length up: episodes without a step
+        bounds.pop()
+        lone += 1
+    assert len(tape.obs) % 32 == 0 and lone < 32
     for begin, end in zip(bounds[:-1], bounds[1:]):
         number, length = int(tape.obs[begin, 0]), end - begin - 1
         obs, actions, rewards, terminated = episode(number, length)
@@ -39,13 +44,13 @@ def read(tape):
         np.testing.assert_array_equal(tape.terminations[rows], [False] * (length - 1) + [terminated])
         found.append((number, length))
     finals = set(bounds[1:])
-    expected = [t for t in range(len(tape.obs)) if t + 1 not in finals]
+    expected = [t for t in range(len(tape.obs) - lone) if t + 1 not in finals]
     np.testing.assert_array_equal(tape.transitions, expected)  # every row but the final ones
     assert tape.begins[0]
     return found
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.integers(8, 40), st.lists(st.integers(1, 7), min_size=1, max_size=60), st.integers(0, 2**32 - 1))
 def test_buffer_equals_a_list_of_episodes(ffm, capacity, lengths, seed):
     buffer, kept = fill(ffm, capacity, lengths)
@@ -58,8 +63,7 @@ def test_buffer_equals_a_list_of_episodes(ffm, capacity, lengths, seed):
         transitions = sum(length for _, length in found)
         assert len(tape.transitions) == transitions and transitions >= batch_size
         assert transitions - found[-1][1] < batch_size  # and not an episode more than needed
-    drawn = {e for _ in range(40) for e in read(buffer.sample(100, rng))}
-    assert drawn == set(kept)  # every complete episode can be reached, the oldest and the newest too
+    assert set(read(buffer.sample(2000, rng))) == set(kept)  # every complete episode can be reached, the oldest and the newest too
 
 
 def test_sampling_is_uniform_over_episodes(ffm):
@@ -127,8 +131,10 @@ def test_targets_of_episodes_computed_by_hand(ffm):
     """One terminated episode of two steps, one truncated of two, one terminated of one step; two actions, gamma 1/2."""
     tape = tape_of(ffm, ([1.0, 2.0], True), ([3.0, 4.0], False), ([5.0], True))
     #                      s0        s1        final     | s0'       s1'       final'    | s0''      final''
+    lone = torch.full((32 - 8, 2), torch.nan)  # the rows that round the tape's length up
     q = torch.tensor([[9.0, 0], [0, 1], [1, 0], [9, 0], [1, 0], [0, 1], [9, 0], [0, 1]])
     next_q = torch.tensor([[90.0, 0], [10, 20], [30, 40], [90, 0], [50, 60], [70, 80], [90, 0], [11, 12]])
+    q, next_q = torch.cat([q, lone]), torch.cat([next_q, lone])
     # online chooses action 1 in s1, action 0 in s1', action 1 in final'; the target network's numbers are taken
     expected = [1 + 20 / 2, 2.0, 3 + 50 / 2, 4 + 80 / 2, 5.0]
     torch.testing.assert_close(ffm.td_target(q, next_q, tape, 0.5), torch.tensor(expected))
@@ -136,8 +142,7 @@ def test_targets_of_episodes_computed_by_hand(ffm):
 
 def test_a_poisoned_bootstrap_behind_a_termination_is_not_seen(ffm):
     tape = tape_of(ffm, ([1.0], True))
-    q = torch.zeros(2, 2)
-    assert ffm.td_target(q, torch.full((2, 2), torch.nan), tape, 0.9).tolist() == [1.0]
+    assert ffm.td_target(torch.zeros(32, 2), torch.full((32, 2), torch.nan), tape, 0.9).tolist() == [1.0]
 
 
 def test_the_target_sees_the_first_observation(ffm):
@@ -149,12 +154,10 @@ def test_the_target_sees_the_first_observation(ffm):
 
     network = ffm.QNetwork(Env, ffm.Args(hidden_size=16, trace_size=4))
     torch.nn.init.normal_(network.head.weight)
-    obs = torch.randn(6, 3)
-    begins = torch.tensor([True, False, False, True, False, False])
     buffer = ffm.TapeBuffer(20, 3)
-    buffer.add(obs[:3].numpy(), [0, 0], [0.0, 0.0], False)
+    buffer.add(torch.randn(3, 3).numpy(), [0, 0], [0.0, 0.0], False)
     tape = buffer.sample(2, np.random.default_rng(0))
     first = tape.obs.clone().requires_grad_()
-    target = ffm.td_target(network(obs[:3], begins[:3]), network(first, tape.begins), tape, 0.9)
+    target = ffm.td_target(network(tape.obs, tape.begins), network(first, tape.begins), tape, 0.9)
     (grad,) = torch.autograd.grad(target[1], first)
     assert grad[0].abs().max() > 0
