@@ -618,7 +618,7 @@ if __name__ == "__main__":
 
             # optimize the model
             warm = min(1, (update + 1) / args.lr_warmup) if args.lr_warmup else 1
-            anneal = 1 - global_step / args.total_timesteps if args.anneal_lr else 1
+            anneal = max(0, 1 - global_step / args.total_timesteps) if args.anneal_lr else 1
             optimizer.param_groups[0]["lr"] = args.learning_rate * warm * anneal
             optimizer.zero_grad()
             loss.backward()
