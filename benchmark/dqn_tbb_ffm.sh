@@ -10,7 +10,7 @@ done
 
 for seed in 1 2 3; do
     "$python" single_files/dqn_tbb_ffm.py --seed "$seed" --env-id popgym-PositionOnlyCartPoleEasy-v0 --total-timesteps 400000 \
-        --buffer-size 400000 --exploration-fraction 0.1 --learning-rate 3e-4 --batch-size 2000 --train-frequency 64 --tau 0.005
+        --buffer-size 400000 --exploration-fraction 0.1 --learning-rate 3e-4 --batch-size 2000 --train-frequency 64 --tau 0.03
 done
 
 # The settings of Morad et al. (2024), as in their experiments' files, for RepeatFirstEasy: 5,000 random episodes of 51 steps, then

@@ -63,7 +63,9 @@ def test_buffer_equals_a_list_of_episodes(ffm, capacity, lengths, seed):
         transitions = sum(length for _, length in found)
         assert len(tape.transitions) == transitions and transitions >= batch_size
         assert transitions - found[-1][1] < batch_size  # and not an episode more than needed
-    assert set(read(buffer.sample(2000, rng))) == set(kept)  # every complete episode can be reached, the oldest and the newest too
+    assert set(read(buffer.sample(2000, rng))) == set(
+        kept
+    )  # every complete episode can be reached, the oldest and the newest too
 
 
 def test_sampling_is_uniform_over_episodes(ffm):
