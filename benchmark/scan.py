@@ -19,7 +19,7 @@ import importlib.util
 from functools import partial
 
 import numpy as np
-from timing import WITHOUT_JAX, interleave, parser, print_bars, print_table, ratio, set_up, write_csv
+from timing import WITHOUT_JAX, OwnProcess, interleave, parser, print_bars, print_table, ratio, set_up, write_csv
 
 CHANNELS, EPISODE, GAMMA = 256, 200, 0.99
 ACCURACY_ROWS, RETURN_ROWS = 262_144, 1_000_000
@@ -94,11 +94,9 @@ def contenders(steps, args, jax):
         gates = torch.where(begins[:, None], 0, decay.detach().to(x.dtype)).T[None].contiguous().requires_grad_()
         add("accelerated_scan", scan, w.T[None].contiguous(), gates, x.T[None].contiguous().requires_grad_())
     if jax and (steps <= 16384 or args.all):
-        import jax_baselines
-
-        for name, baseline in (("jax paper", jax_baselines.paper_operator_scan), ("jax lax.scan", jax_baselines.lax_scan)):
-            forward[name] = baseline(steps, CHANNELS, flags, rates)
-            both[name] = baseline(steps, CHANNELS, flags, rates, grad=True)
+        for name, baseline in (("jax paper", "paper_operator_scan"), ("jax lax.scan", "lax_scan")):
+            forward[name] = OwnProcess("jax_baselines", baseline, steps, CHANNELS, flags, rates)
+            both[name] = OwnProcess("jax_baselines", baseline, steps, CHANNELS, flags, rates, grad=True)
             theirs = torch.from_numpy(forward[name].inputs["x"]).to(args.device)
             ours, theirs = linear_scan(decay.detach(), theirs, begins).cpu(), torch.from_numpy(np.array(forward[name]()))
             assert (ours - theirs).abs().max() < 1e-3 * ours.abs().max(), f"{name} and linear_scan disagree at T = {steps}"
@@ -113,6 +111,9 @@ def speed(args, jax):
             times = all_times[steps, what] = interleave(calls, args)
             rows += time_rows(steps, what, times)
             print_table(rows[-len(calls) :])
+            for call in calls.values():
+                if isinstance(call, OwnProcess):
+                    call.close()
     return rows, all_times
 
 
@@ -175,10 +176,8 @@ def discounted_returns(args, jax):
 
     calls = {"copy": copy, **{name: partial(returns, name) for name in backends(args.device)}}
     if jax:
-        import jax_baselines
-
         for name, sequential in (("jax paper", False), ("jax lax.scan", True)):
-            calls[name] = jax_baselines.discounted_return(RETURN_ROWS, flags, GAMMA, sequential)
+            calls[name] = OwnProcess("jax_baselines", "discounted_return", RETURN_ROWS, flags, GAMMA, sequential)
     times = interleave(calls, args)
     return time_rows(RETURN_ROWS, "returns", times), times
 

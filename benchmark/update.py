@@ -18,7 +18,19 @@ import importlib.util
 from types import SimpleNamespace
 
 import numpy as np
-from timing import ROOT, WITHOUT_JAX, interleave, load_script, parser, print_bars, print_table, ratio, set_up, write_csv
+from timing import (
+    ROOT,
+    WITHOUT_JAX,
+    OwnProcess,
+    interleave,
+    load_script,
+    parser,
+    print_bars,
+    print_table,
+    ratio,
+    set_up,
+    write_csv,
+)
 
 OBS_SIZE, ACTIONS, EPISODE = 8, 4, 100
 SIZES = {"hidden_size": 256, "trace_size": 64, "context_size": 4}
@@ -136,9 +148,8 @@ if __name__ == "__main__":
     for length in args.rows:
         calls, steps = contenders(script, length)
         if args.paper:
-            from paper_update import paper_update
-
-            calls["jax paper"] = paper_update(args.paper, rows=length, obs_size=OBS_SIZE, actions=ACTIONS, episode=EPISODE)
+            sizes = {"rows": length, "obs_size": OBS_SIZE, "actions": ACTIONS, "episode": EPISODE}
+            calls["jax paper"] = OwnProcess("paper_update", "paper_update", args.paper, **sizes)
         times = interleave(calls, args)
         found = []
         for name, values in times.items():

@@ -7,30 +7,141 @@ channels, in vector registers.
 Why double: a decay rounded to single precision is wrong by 6e-8 per step, and a long tape multiplies it with itself a hundred
 thousand times. Carried in double, the result is right to the last bits of single precision, and long tapes take no longer.
 
-What the speed hangs on: only loops over one-dimensional arrays in a small function of their own are vectorised; a pass
-that walks back in time walks its channels backwards too, so that memory is touched in one descending stream, which the
-processor prefetches; slices cost tens of nanoseconds, half of a row's arithmetic, so the common case of one group has none.
+What the speed hangs on:
+  - The three loops over a row's channels are written in vectors. LLVM left to itself takes complex numbers apart and puts
+    them together again, which costs more than the arithmetic, and some releases leave loops that descend as they are.
+  - A row is a bare pointer: Numba counts references to a slice, with atomic operations that take as long as the arithmetic.
+  - A pass that walks back in time walks its channels backwards too, so that memory is touched in one descending stream,
+    which the processor prefetches; without that, long tapes take more than twice as long.
 """
 
 import numba
 import numpy as np
 import torch
+from llvmlite import ir
+from numba.extending import intrinsic
+from numba.np.arrayobj import populate_array
 
-# "contract" permits fused multiply-add and nothing else: nan and inf keep their meaning
-_jit = numba.njit(cache=True, nogil=True, fastmath={"contract"})
+_FUSED = ("contract",)  # permits fused multiply-add and nothing else: nan and inf keep their meaning
+_jit = numba.njit(cache=True, nogil=True, fastmath=set(_FUSED))
 _FLUSH = 64  # rows whose contributions to the gradient of a constant decay are added up in x's precision, then moved to double
+
+
+# Vectors: 8 numbers, so 4 complex or 8 real channels (16 numbers in `_decay_back`, whose numbers may be half as long).
+# LLVM cuts them into the registers that the processor has.
+
+
+@intrinsic
+def _row(typing, array, t, start, stop):
+    """array[t, start:stop] of a contiguous array, without counting references: valid as long as the array is."""
+    view = numba.types.Array(array.dtype, 1, "C")
+
+    def build(context, builder, signature, args):
+        whole, (_, t, start, stop) = context.make_array(array)(context, builder, args[0]), args
+        begin = builder.add(builder.mul(t, builder.extract_value(whole.shape, 1)), start)
+        row, shape = context.make_array(view)(context, builder), [builder.sub(stop, start)]
+        populate_array(row, builder.gep(whole.data, [begin]), shape, [whole.itemsize], whole.itemsize, None)
+        return row._getvalue()
+
+    return view(array, numba.intp, numba.intp, numba.intp), build
+
+
+def _vectors(context, builder, signature, args, numbers):
+    """Pointers to `numbers` numbers of each row from channel c, the last argument, on: parts of complex numbers alternate."""
+    for row, value in zip(signature.args[:-1], args):
+        data = builder.gep(context.make_array(row)(context, builder, value).data, [args[-1]])
+        number = context.get_value_type(getattr(row.dtype, "underlying_float", row.dtype))
+        yield builder.bitcast(data, ir.VectorType(number, numbers).as_pointer())
+
+
+def _load(builder, pointer, kind=None):
+    return _cast(builder, builder.load(pointer, align=_align(pointer)), kind or pointer.type.pointee)
+
+
+def _store(builder, vector, pointer):
+    builder.store(_cast(builder, vector, pointer.type.pointee), pointer, align=_align(pointer))
+
+
+def _align(pointer):
+    return 8 if pointer.type.pointee.element == ir.DoubleType() else 4  # bytes; of a number, since rows start anywhere
+
+
+def _cast(builder, vector, kind):
+    if vector.type == kind:
+        return vector
+    return (builder.fpext if kind.element == ir.DoubleType() else builder.fptrunc)(vector, kind)
+
+
+def _multiply(builder, row, a, b, plus=None, conjugate=False):
+    """a b + plus, or conj(a) b + plus; as complex numbers if those of the type `row` are.
+
+    A complex product takes no more than one swap of neighbours, one change of sign and two copies within pairs:
+
+        a    p  q  ..      a b  =  p p .. * b  +  q q .. * i b
+        b    x  y  ..      i b  =  -y x ..          (for conj(a): -i b = y -x ..)
+    """
+
+    def shuffle(v, w, index):
+        return builder.shuffle_vector(v, w, ir.Constant(ir.VectorType(ir.IntType(32), len(index)), index))
+
+    if isinstance(row.dtype, numba.types.Complex):
+        pairs = range(a.type.count)
+        a, imaginary = (shuffle(a, a, [i // 2 * 2 + part for i in pairs]) for part in (0, 1))
+        turned = shuffle(b, builder.fneg(b), [(i ^ 1) + len(pairs) * (i % 2 == conjugate) for i in pairs])
+        second = builder.fmul(imaginary, turned, flags=_FUSED)
+        plus = second if plus is None else builder.fadd(second, plus, flags=_FUSED)
+    first = builder.fmul(a, b, flags=_FUSED)
+    return first if plus is None else builder.fadd(first, plus, flags=_FUSED)
+
+
+@intrinsic
+def _step_vector(typing, a, x, state, h, c):
+    def build(context, builder, signature, args):
+        a, x, state, h = _vectors(context, builder, signature, args, 8)
+        a, x, double = _load(builder, a, state.type.pointee), _load(builder, x, state.type.pointee), _load(builder, state)
+        new = _multiply(builder, signature.args[0], a, double, x)
+        _store(builder, new, state)
+        _store(builder, new, h)
+        return context.get_dummy_value()
+
+    return numba.void(a, x, state, h, c), build
+
+
+@intrinsic
+def _step_back_vector(typing, a, grad, carry, grad_x, c):
+    def build(context, builder, signature, args):
+        a, grad, carry, grad_x = _vectors(context, builder, signature, args, 8)
+        g = builder.fadd(_load(builder, grad, carry.type.pointee), _load(builder, carry))
+        _store(builder, _multiply(builder, signature.args[0], _load(builder, a, g.type), g, conjugate=True), carry)
+        _store(builder, g, grad_x)
+        return context.get_dummy_value()
+
+    return numba.void(a, grad, carry, grad_x, c), build
+
+
+@intrinsic
+def _decay_back_vector(typing, previous, grad_x, partial, c):
+    def build(context, builder, signature, args):
+        pointers = list(_vectors(context, builder, signature, args, 16))
+        vectors = (_load(builder, pointer) for pointer in pointers)
+        _store(builder, _multiply(builder, signature.args[0], *vectors, conjugate=True), pointers[-1])
+        return context.get_dummy_value()
+
+    return numba.void(previous, grad_x, partial, c), build
+
+
+# Rows: `descending` walks the channels backwards, vector by vector; the channels that fill no vector come last.
 
 
 @_jit
 def _step(a, x, state, h, descending):
-    if descending:
-        for c in range(a.shape[0] - 1, -1, -1):
-            state[c] = a[c] * state[c] + x[c]
-            h[c] = state[c]
-    else:
-        for c in range(a.shape[0]):
-            state[c] = a[c] * state[c] + x[c]
-            h[c] = state[c]
+    channels = 4 if np.iscomplexobj(x) else 8
+    whole = x.shape[0] // channels * channels
+    for i in range(0, whole, channels):
+        _step_vector(a, x, state, h, whole - channels - i if descending else i)
+    for c in range(whole, x.shape[0]):
+        state[c] = a[c] * state[c] + x[c]
+        h[c] = state[c]
 
 
 @_jit
@@ -42,52 +153,42 @@ def _begin(x, state, h):
 
 @_jit
 def _forward(decay, x, begins, state, h, reverse):
-    """x, h [T, D]; decay [1, D] or [T, D]; begins [T, N] or [0, N] for N groups of D / N channels; state [D] in double."""
+    """x, h [T, D]; decay [1, D] or [T, D]; begins [T, N] or [0, N] for N groups of D / N channels; state [1, D] in double."""
     steps, groups, width = x.shape[0], begins.shape[1], x.shape[1] // begins.shape[1]
-    a = decay[0]
+    constant = decay.shape[0] == 1
     for i in range(steps):
         t = steps - 1 - i if reverse else i
-        if decay.shape[0] > 1:
-            a = decay[t]
-        x_row, h_row = x[t], h[t]
-        if groups == 1:
-            if begins.shape[0] > 0 and begins[t, 0]:
-                _begin(x_row, state, h_row)
-            else:
-                _step(a, x_row, state, h_row, reverse)
-            continue
         for n in range(groups):
-            own = slice(n * width, (n + 1) * width)
+            start, stop = n * width, (n + 1) * width
+            x_row, state_row, h_row = _row(x, t, start, stop), _row(state, 0, start, stop), _row(h, t, start, stop)
             if begins.shape[0] > 0 and begins[t, n]:
-                _begin(x_row[own], state[own], h_row[own])
+                _begin(x_row, state_row, h_row)
             else:
-                _step(a[own], x_row[own], state[own], h_row[own], reverse)
+                _step(_row(decay, 0 if constant else t, start, stop), x_row, state_row, h_row, reverse)
 
 
 @_jit
 def _step_back(a, grad, carry, grad_x, descending):
     """carry comes as conj(decay[t+1]) g[t+1] and leaves as conj(decay[t]) g[t], where g is the row of grad_x."""
-    if descending:
-        for c in range(a.shape[0] - 1, -1, -1):
-            g = grad[c] + carry[c]
-            grad_x[c] = g
-            carry[c] = np.conj(a[c]) * g
-    else:
-        for c in range(a.shape[0]):
-            g = grad[c] + carry[c]
-            grad_x[c] = g
-            carry[c] = np.conj(a[c]) * g
+    channels = 4 if np.iscomplexobj(grad) else 8
+    whole = grad.shape[0] // channels * channels
+    for i in range(0, whole, channels):
+        _step_back_vector(a, grad, carry, grad_x, whole - channels - i if descending else i)
+    for c in range(whole, grad.shape[0]):
+        g = grad[c] + carry[c]
+        grad_x[c] = g
+        carry[c] = np.conj(a[c]) * g
 
 
 @_jit
-def _decay_back(previous, grad_x, grad_decay, descending):
-    """A loop of its own: within `_step_back` it would mix precisions, which takes longer than both loops together."""
-    if descending:
-        for c in range(previous.shape[0] - 1, -1, -1):
-            grad_decay[c] += np.conj(previous[c]) * grad_x[c]
-    else:
-        for c in range(previous.shape[0]):
-            grad_decay[c] += np.conj(previous[c]) * grad_x[c]
+def _decay_back(previous, grad_x, partial, descending):
+    """A loop of its own, in longer vectors: within `_step_back` it takes a third more time."""
+    channels = 8 if np.iscomplexobj(grad_x) else 16
+    whole = grad_x.shape[0] // channels * channels
+    for i in range(0, whole, channels):
+        _decay_back_vector(previous, grad_x, partial, whole - channels - i if descending else i)
+    for c in range(whole, grad_x.shape[0]):
+        partial[c] += np.conj(previous[c]) * grad_x[c]
 
 
 @_jit
@@ -98,37 +199,31 @@ def _begin_back(grad, carry, grad_x):
 
 
 @_jit
+def _flush(partial, grad_decay):
+    for c in range(partial.shape[0]):
+        grad_decay[c] += partial[c]
+        partial[c] = 0
+
+
+@_jit
 def _backward(decay, h, begins, first, grad_h, carry, partial, grad_decay, grad_x, need_decay_grad, reverse):
-    """Walks against the scan; `first` [D] stands for the row before the first one; grad_decay is double [1, D] or [T, D]."""
+    """Walks against the scan; `first` [1, D] stands for the row before the first one; grad_decay is double, [1, D] or [T, D]."""
     steps, groups, width = h.shape[0], begins.shape[1], h.shape[1] // begins.shape[1]
-    a, constant = decay[0], decay.shape[0] == 1
+    constant = decay.shape[0] == 1
     for i in range(steps):
         t = i if reverse else steps - 1 - i
-        if not constant:
-            a = decay[t]
-        previous = first if i == steps - 1 else h[t + 1 if reverse else t - 1]
-        grad_row, x_row = grad_h[t], grad_x[t]
-        if groups == 1:
-            if begins.shape[0] > 0 and begins[t, 0]:
-                _begin_back(grad_row, carry, x_row)
-            else:
-                _step_back(a, grad_row, carry, x_row, not reverse)
-                if need_decay_grad:
-                    _decay_back(previous, x_row, partial, not reverse)
-        else:
-            for n in range(groups):
-                own = slice(n * width, (n + 1) * width)
-                if begins.shape[0] > 0 and begins[t, n]:
-                    _begin_back(grad_row[own], carry[own], x_row[own])
-                else:
-                    _step_back(a[own], grad_row[own], carry[own], x_row[own], not reverse)
-                    if need_decay_grad:
-                        _decay_back(previous[own], x_row[own], partial[own], not reverse)
+        for n in range(groups):
+            start, stop = n * width, (n + 1) * width
+            grad_row, carry_row, x_row = _row(grad_h, t, start, stop), _row(carry, 0, start, stop), _row(grad_x, t, start, stop)
+            if begins.shape[0] > 0 and begins[t, n]:
+                _begin_back(grad_row, carry_row, x_row)
+                continue
+            _step_back(_row(decay, 0 if constant else t, start, stop), grad_row, carry_row, x_row, not reverse)
+            if need_decay_grad:
+                previous = _row(first, 0, start, stop) if i == steps - 1 else _row(h, t + 1 if reverse else t - 1, start, stop)
+                _decay_back(previous, x_row, _row(partial, 0, start, stop), not reverse)
         if need_decay_grad and (not constant or i % _FLUSH == _FLUSH - 1 or i == steps - 1):
-            grad_row = grad_decay[0 if constant else t]
-            for c in range(partial.shape[0]):
-                grad_row[c] += partial[c]
-                partial[c] = 0
+            _flush(_row(partial, 0, 0, h.shape[1]), _row(grad_decay, 0 if constant else t, 0, h.shape[1]))
 
 
 @_jit
@@ -148,10 +243,11 @@ def _forward_one(decay, x, begins, state, h, reverse):
 
 def forward(decay, x, begins, h0, reverse):
     """See `scan.py` for the signature that all backends share. CPU tensors only."""
-    h = torch.empty_like(x)
-    rows, out = x.numpy().reshape(len(x), -1), h.numpy().reshape(len(x), -1)
-    state = np.zeros(rows.shape[1], _double(rows)) if h0 is None else h0.numpy().reshape(-1).astype(_double(rows))
-    arrays = _decay_rows(decay), rows, _flags(begins, x), state, out
+    h, rows = torch.empty_like(x), _rows(x)
+    state = np.zeros((1, rows.shape[1]), _double(rows))
+    if h0 is not None:
+        state[0] = h0.numpy().reshape(-1)
+    arrays = _decay_rows(decay), rows, _flags(begins, x), state, h.numpy().reshape(rows.shape)
     if rows.shape[1] == 1:
         _forward_one(*(array.reshape(-1) for array in arrays), reverse)
     else:
@@ -161,15 +257,20 @@ def forward(decay, x, begins, h0, reverse):
 
 def backward(decay, h, begins, h0, grad_h, reverse, need_decay_grad):
     """See `scan.py`."""
-    grad_x = torch.empty_like(h)
-    decay_rows, rows = _decay_rows(decay), h.numpy().reshape(len(h), -1)
-    first = np.zeros(rows.shape[1], rows.dtype) if h0 is None else h0.numpy().reshape(-1)
-    carry, partial = np.zeros(rows.shape[1], _double(rows)), np.zeros(rows.shape[1], rows.dtype)
+    grad_x, decay_rows, rows = torch.empty_like(h), _decay_rows(decay), _rows(h)
+    row = (1, rows.shape[1])
+    first = np.zeros(row, rows.dtype) if h0 is None else h0.numpy().reshape(row)
+    carry, partial = np.zeros(row, _double(rows)), np.zeros(row, rows.dtype)
     grad_decay = np.zeros(decay_rows.shape if need_decay_grad else (1, 1), _double(rows))
     grads = grad_h.numpy().reshape(rows.shape), carry, partial, grad_decay, grad_x.numpy().reshape(rows.shape)
     _backward(decay_rows, rows, _flags(begins, h), first, *grads, need_decay_grad, reverse)
-    grad_decay = torch.from_numpy(grad_decay).view(decay.shape).to(decay.dtype) if need_decay_grad else None
+    grad_decay = torch.from_numpy(grad_decay.reshape(decay.shape)).to(decay.dtype) if need_decay_grad else None
     return grad_decay, grad_x, None if h0 is None else torch.from_numpy(carry).view(h0.shape).to(h0.dtype)
+
+
+def _rows(x):
+    rows = x.numpy()
+    return rows.reshape(rows.shape[0], -1)  # [T, N, C] -> [T, D]
 
 
 def _double(rows):
