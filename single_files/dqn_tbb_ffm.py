@@ -95,7 +95,7 @@ class Args:
     """the discount factor gamma"""
     tau: float = 0.01
     """the target network moves this share of the way to the Q network at each update"""
-    batch_size: int = 1_000
+    batch_size: int = 500
     """a tape is filled with whole episodes until it holds this many transitions (transitions)"""
     start_e: float = 1.0
     """the starting epsilon for exploration"""
