@@ -129,7 +129,7 @@ def interleave(calls, args):
     """Times of every contender in milliseconds, {name: array}.
 
     Round after round, each has a turn, so that whatever else the machine does hits all alike. A turn is one call that is not
-    counted, which brings its data into the cache after the others' (left out if the call is long), then about 5 ms of calls.
+    counted, which brings its data into the cache after the others' (left out if the call is long), then 5 ms or three calls.
     """
     clock = time.process_time_ns if args.cpu_time else time.perf_counter_ns
     times = {name: [] for name in calls}
@@ -146,10 +146,10 @@ def interleave(calls, args):
         for name, call in calls.items():
             if turn == 0 or np.median(times[name]) < 20:
                 once(call)
-            spent = 0.0
-            while spent < 5:
+            spent, calls_made = 0.0, 0
+            while spent < 5 or (calls_made < 3 and spent < 50):
                 times[name].append(once(call))
-                spent += times[name][-1]
+                spent, calls_made = spent + times[name][-1], calls_made + 1
         turn += 1
     return {name: np.array(values) for name, values in times.items()}
 

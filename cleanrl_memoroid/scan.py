@@ -16,6 +16,7 @@ on contiguous x, h, grad_h [T, N, C], decay [N, C] (constant) or [T, N, C], begi
 `tune_cpu()` sets two process-wide switches that matter more to the speed of training on a CPU than the scan does.
 """
 
+import contextlib
 import ctypes
 import functools
 import importlib
@@ -121,9 +122,10 @@ class _LinearScan(torch.autograd.Function):
         decay_rows, h, begins, h0, decay, out = ctx.saved_tensors
         reverse, rows, module = ctx.call
         grad_h = _plain(grad_out).view(rows)
-        with torch.no_grad():
+        twice = torch.is_grad_enabled()  # create_graph=True: whoever differentiates again must hear of it
+        with torch.no_grad() if twice else contextlib.nullcontext():
             grads = module.backward(decay_rows, h, begins, h0, grad_h, reverse, ctx.needs_input_grad[0])
-        if torch.is_grad_enabled():  # create_graph=True: whoever differentiates again must hear of it
+        if twice:
             grads = _Once.apply(decay, out, grad_out, *grads)
         grad_decay, grad_x, grad_h0 = (g if g is None else g.view(shape) for g, shape in zip(grads, ctx.shapes))
         return grad_decay, grad_x, None, grad_h0, None, None, None
@@ -145,7 +147,10 @@ class _Once(torch.autograd.Function):
 
 def _plain(v):
     """Contiguous memory outside the graph, without the conjugation and negation that PyTorch keeps as flags on a view."""
-    return v.detach().resolve_conj().resolve_neg().contiguous()
+    v = v.detach()
+    if v.is_conj() or v.is_neg():
+        v = v.resolve_conj().resolve_neg()
+    return v if v.is_contiguous() else v.contiguous()
 
 
 def _check(decay, x, begins, h0):
