@@ -111,11 +111,14 @@ def picture(curves, path):
         seeds = defaultdict(list)
         for row in curves:
             if row["env_id"] == env_id:
-                seeds[row["seed"]].append((int(row["global_step"]), float(row["episodic_return"])))
+                seeds[row["seed"]].append((int(row["global_step"]) / 1000, float(row["episodic_return"])))
         for points in seeds.values():
             axis.plot(*np.array(points).T, color="tab:blue", alpha=0.6)
         axis.set(
-            title=f"{env_id}, {len(seeds)} seeds", xlabel="environment steps", ylabel="training return", ylim=(-1.05, 1.05)
+            title=f"{env_id}, {len(seeds)} seeds",
+            xlabel="thousand environment steps",
+            ylabel="training return",
+            ylim=(-1.05, 1.05),
         )
         axis.grid(alpha=0.3)
     out = io.BytesIO()
