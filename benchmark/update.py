@@ -69,7 +69,7 @@ def contenders(script, rows):
     tape = min((buffer.sample(rows, rng) for _ in range(100)), key=lambda tape: len(tape.transitions))
 
     def clip():
-        return nn.utils.clip_grad_norm_(q_network.parameters(), args.max_grad_norm)
+        return nn.utils.clip_grad_norm_(q_network.parameters(), args.max_grad_norm, foreach=True)
 
     def step():
         optimizer.step()

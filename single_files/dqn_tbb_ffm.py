@@ -243,7 +243,7 @@ def blelloch_scan(operator, elems):
 class FFM(nn.Module):
     """TBB: Fast and Forgetful Memory as a memoroid: traces that fade (alpha), turning at different speeds (omega).
 
-    An element of the monoid is (X, t): the memory X, complex [M, C], and the number t of steps that it covers.
+    An element of the monoid is (X, t): the memory X, complex [C, M], and the number t of steps that it covers.
     Source: Morad et al. (2023), section 4; as a memoroid, Morad et al. (2024), appendix; input and output gates as there.
     """
 
@@ -262,20 +262,20 @@ class FFM(nn.Module):
         (x, t), (right_x, right_t) = left, right
         fade = torch.exp(-self.alpha.abs() * right_t[:, None])  # [T, M]
         turn = torch.exp(1j * self.omega * right_t[:, None])  # [T, C] c64
-        return x * (fade[:, :, None] * turn[:, None, :]) + right_x, t + right_t
+        return x * (turn[:, :, None] * fade[:, None, :]) + right_x, t + right_t
 
     def decay(self):
-        """exp(-|alpha| (+) i omega): what a step multiplies X by. In double, as a long tape takes its powers. [M, C] c128"""
-        return torch.exp(torch.complex(-self.alpha.double().abs()[:, None], self.omega.double()[None, :]))
+        """exp(-|alpha| (+) i omega): what a step multiplies X by. In double, as a long tape takes its powers. [C, M] c128"""
+        return torch.exp(torch.complex(-self.alpha.double().abs()[None, :], self.omega.double()[:, None]))
 
     def lift(self, obs):
-        """One step as an element of the monoid; and what the readout needs of it. [T, H] -> [T, M, C] c64, 2 x [T, O]"""
+        """One step as an element of the monoid; and what the readout needs of it. [T, H] -> [T, C, M] c64, 2 x [T, O]"""
         pre_and_gate, output_gate, skip = self.inputs(obs).split(self.sizes, dim=-1)
         x = F.glu(pre_and_gate, dim=-1)  # W_pre o * sigmoid(W_gi o)  [T, M]
-        return x.to(torch.complex64)[:, :, None].expand(-1, -1, self.omega.numel()), (output_gate, skip)
+        return x.to(torch.complex64)[:, None, :].expand(-1, self.omega.numel(), -1), (output_gate, skip)
 
     def readout(self, x, gated):
-        """The Markov state. [T, M, C] c64, 2 x [T, O] -> [T, O]. Deviates: the released code normalises after the gate."""
+        """The Markov state. [T, C, M] c64, 2 x [T, O] -> [T, O]. Deviates: the released code normalises after the gate."""
         output_gate, skip = gated
         z = self.mix(torch.view_as_real(x).flatten(1))  # W_mix [Re X; Im X] as one real matrix product
         return torch.lerp(skip, self.norm(z), torch.sigmoid(output_gate))
@@ -291,13 +291,13 @@ class FFM(nn.Module):
         return self.readout(x, gated)
 
     def step(self, obs, begins, recurrent_state):
-        """TBB: one step of N environments, each from its own state. [N, H], [N], [N, M, C] -> [N, O], [N, M, C]"""
+        """TBB: one step of N environments, each from its own state. [N, H], [N], [N, C, M] -> [N, O], [N, C, M]"""
         x, gated = self.lift(obs)
         recurrent_state = torch.where(begins[:, None, None], 0, recurrent_state) * self.decay().to(x.dtype) + x
         return self.readout(recurrent_state, gated), recurrent_state
 
     def initial_state(self, num_envs):
-        return torch.zeros(num_envs, self.alpha.numel(), self.omega.numel(), dtype=torch.complex64, device=self.alpha.device)
+        return torch.zeros(num_envs, self.omega.numel(), self.alpha.numel(), dtype=torch.complex64, device=self.alpha.device)
 
 
 class Tape(NamedTuple):

@@ -22,7 +22,7 @@ def memory(ffm):
 
 def element(steps, begins=None, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(steps, 3, 4, dtype=torch.complex64, generator=generator)
+    x = torch.randn(steps, 4, 3, dtype=torch.complex64, generator=generator)
     t = torch.randint(0, 9, (steps,), generator=generator).float()
     return (x, t) if begins is None else (x, t, begins)
 
@@ -121,6 +121,6 @@ def test_first_observation_reaches_the_end_of_a_long_episode(ffm):
 
 def test_decay_is_the_exponential_that_the_operator_uses(memory):
     x, t = element(5)
-    one = (torch.zeros(5, 3, 4, dtype=torch.complex64), torch.ones(5))
+    one = (torch.zeros(5, 4, 3, dtype=torch.complex64), torch.ones(5))
     torch.testing.assert_close(memory.operator((x, t), one)[0], x * memory.decay().to(torch.complex64))
     assert memory.decay().dtype == torch.complex128 and (memory.decay().abs() <= 1).all()

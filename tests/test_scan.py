@@ -82,6 +82,26 @@ def test_backend_equals_loop(backend, steps):
             assert_equal(ours, expected, TOLERANCE[SINGLE[dtype]] * 10)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64, torch.complex128])
+def test_numba_past_the_cache_equals_through_it(monkeypatch, dtype):
+    """A long output goes to memory by another road. The values are the same to the last bit."""
+    kind = torch.complex128 if dtype.is_complex else torch.float64
+    for channels, groups, *rest in itertools.product([(64,), (4, 32), (4, 5)], [None, (), (4,)], *[[False, True]] * 3):
+        if groups == (4,) and channels == (64,):
+            continue
+        varying, state, reverse = rest
+        inputs = [
+            v if v is None or v.dtype == torch.bool else v.to(dtype) for v in make(70, channels, kind, varying, groups, state)
+        ]
+        weight = torch.randn(70, *channels, dtype=dtype)
+        run = lambda *v: linear_scan(*v, reverse=reverse, backend="numba")  # noqa: E731
+        expected = outcome(run, inputs, weight)
+        monkeypatch.setattr(scan_numba, "_PAST_CACHE", 0)
+        assert len(scan_numba._scratch(weight.numpy().reshape(70, -1))) == (channels != (4, 5))
+        assert_equal(outcome(run, inputs, weight), expected, 0)
+        monkeypatch.undo()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("where", ["first row", "last row", "every row"])
 def test_begin_at_the_edges(backend, where):
