@@ -20,7 +20,7 @@ import sys
 import time
 from collections import deque
 from dataclasses import asdict, dataclass, fields
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import cloudpickle
 import gymnasium as gym
@@ -41,6 +41,7 @@ except ImportError:
 
 @dataclass
 class Args:
+    # region arguments
     exp_name: str = os.path.basename(__file__)[: -len(".py")]
     """the name of this experiment"""
     seed: int = 1
@@ -109,8 +110,11 @@ class Args:
     """environment steps per update (steps)"""
     max_grad_norm: float = 1.0
     """the maximum norm of the gradient"""
+    loss_reduction: Literal["mean_of_huber", "huber_of_mean"] = "mean_of_huber"
+    """for ablations: the Huber loss of the mean absolute error is what the paper's released code trains on segments with"""
     truncation_is_terminal: bool = False
     """if toggled, a time limit ends the return as termination does; published POPGym numbers are under this reading"""
+    # endregion
 
     # Memory specific arguments
     hidden_size: int = 128
@@ -326,6 +330,7 @@ class TapeBuffer:
     """
 
     def __init__(self, buffer_size, obs_size):
+        # region ring
         self.obs = np.zeros((buffer_size, obs_size), np.float32)
         self.actions = np.zeros(buffer_size, np.int64)
         self.rewards = np.zeros(buffer_size, np.float32)
@@ -333,6 +338,7 @@ class TapeBuffer:
         self.episode_begins = np.zeros(buffer_size // 2, np.int64)  # an episode has two rows at least
         self.episode_rows = np.zeros(buffer_size // 2, np.int64)
         self.oldest = self.newest = self.rows = self.end = self.touched = 0
+        # endregion
 
     def add(self, obs, actions, rewards, terminated):
         """Adds one episode: obs [L+1, O] with the final observation, actions [L], rewards [L]; did it end by termination?"""
@@ -467,6 +473,7 @@ def load(path, name, weights_only):
 
 
 if __name__ == "__main__":
+    # region setup
     args = tyro.cli(Args, description=__doc__)
     checkpoint = trained = None
     if args.resume:
@@ -517,7 +524,9 @@ if __name__ == "__main__":
     optimizer = optim.AdamW(q_network.parameters(), lr=args.learning_rate, weight_decay=0, fused=True)
     target_network = QNetwork(envs, args).to(device)
     target_network.load_state_dict(q_network.state_dict())
+    # endregion
     tape_buffer = TapeBuffer(args.buffer_size, envs.single_observation_space.shape[0])
+    # region training
 
     if args.track:
         import wandb
@@ -615,6 +624,8 @@ if __name__ == "__main__":
                 target = td_target(q_values, target_network(tape.obs, tape.begins), tape, args.gamma)
             old_val = q_values[tape.transitions, tape.actions[tape.transitions]]
             loss = F.smooth_l1_loss(old_val, target)
+            if args.loss_reduction == "huber_of_mean":
+                loss = F.smooth_l1_loss((old_val - target).abs().mean(), loss.new_zeros(()))
 
             # optimize the model
             warm = min(1, (update + 1) / args.lr_warmup) if args.lr_warmup else 1
@@ -639,6 +650,7 @@ if __name__ == "__main__":
                 writer.add_scalar("losses/td_loss", loss.item(), global_step)
                 writer.add_scalar("losses/q_values", old_val.mean().item(), global_step)
                 writer.add_scalar("losses/grad_norm", grad_norm.item(), global_step)
+                writer.add_scalar("losses/transitions", len(tape.transitions), global_step)
                 writer.add_scalar("charts/epsilon", epsilon, global_step)
                 writer.add_scalar("charts/buffer_fill", tape_buffer.rows / args.buffer_size, global_step)
                 writer.add_scalar("charts/SPS", sps, global_step)
@@ -669,3 +681,4 @@ if __name__ == "__main__":
 
     envs.close()
     writer.close()
+    # endregion

@@ -1,5 +1,6 @@
 """Loads scripts by path, as they are no package; every test starts from one seed and one thread."""
 
+import functools
 import importlib.util
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 
 
+@functools.cache
 def load_script(name):
     """The module of single_files/{name}.py; its training code is under `if __name__ == "__main__"` and does not run."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "single_files" / f"{name}.py")

@@ -1,126 +1,272 @@
-"""FFM as a memoroid: its algebra, and one memory by four roads: operator, linear_scan, step by step, each episode alone."""
+"""Every memoroid: its algebra, and one memory by four roads: operator, linear_scan, step by step, each episode alone."""
 
 import pytest
 import torch
+from conftest import load_script
 
+LRU, S5 = {"width": 6, "state_size": 4, "r_min": 0.0, "r_max": 1.0}, {"width": 6, "state_size": 4}
+ATTENTION = {"input_size": 6, "output_size": 5, "key_size": 3, "value_size": 4}
+MEMORIES = {  # the script, the class, its arguments
+    "FFM": ("dqn_tbb_ffm", "FFM", {"input_size": 6, "output_size": 5, "trace_size": 3, "context_size": 4}),
+    "LRU": ("dqn_tbb_lru", "LRU", LRU),
+    "StackedLRU": ("dqn_tbb_lru", "StackedLRU", {"num_layers": 2, **LRU}),
+    "S5": ("dqn_tbb_s5", "S5", S5),
+    "StackedS5": ("dqn_tbb_s5", "StackedS5", {"num_layers": 2, **S5}),
+    "LinearAttention": ("dqn_tbb_linattn", "LinearAttention", ATTENTION),
+    "LinearAttention in chunks of 4": ("dqn_tbb_linattn", "LinearAttention", {"chunk": 4, **ATTENTION}),
+}
+DIAGONAL = ["FFM", "LRU", "S5"]  # one layer that fades and turns; what is said of it holds for its stack
+ALGEBRAS = [*DIAGONAL, "LinearAttention"]
 BEGINS = [0, 1, 4, 5, 11]  # episodes of 1, 3, 1, 6 and 9 steps on a tape of 20
+LONG_BEGINS = [0, 1, 4, 5, 11, 30, 70, 97]  # on a tape of 100, chunks of 32: some share one, one spans three
+LENGTHS = [1, 2, 3, 20, 31, 32, 33, 64, 65, 1000]
 
 
 def begins_at(rows, steps):
     begins = torch.zeros(steps, dtype=torch.bool)
-    begins[rows] = True
+    begins[[row for row in rows if row < steps]] = True
     return begins
 
 
-@pytest.fixture
-def memory(ffm):
-    memory = ffm.FFM(6, 5, 3, 4)
+@pytest.fixture(params=MEMORIES)
+def memory(request):
+    script, name, sizes = MEMORIES[request.param]
+    memory = getattr(load_script(script), name)(**sizes)
     with torch.no_grad():
-        memory.alpha[0] = -0.3  # the sign must not matter
+        if name == "FFM":
+            memory.alpha[0] = -0.3  # the sign must not matter
+        for parameter in memory.parameters():  # gains that are one and biases that are zero would hide mistakes
+            parameter += 0.05 * torch.randn_like(parameter) if parameter.requires_grad else 0
     return memory
 
 
-def element(steps, begins=None, seed=0):
+@pytest.fixture
+def script(memory):
+    return load_script(type(memory).__module__)
+
+
+@pytest.fixture(params=["linear_scan", "blelloch_scan"])
+def scan(request, script, monkeypatch):
+    if request.param == "blelloch_scan":
+        monkeypatch.setattr(script, "linear_scan", None)
+    else:
+        assert script.linear_scan is not None
+    return request.param
+
+
+def only(names):
+    return pytest.mark.parametrize("memory", names, indirect=True)
+
+
+def initial_state(memory, num_envs):
+    if hasattr(memory, "initial_state"):
+        return memory.initial_state(num_envs)
+    return torch.zeros(num_envs, *memory.decay().shape, dtype=torch.complex64)  # a layer of a stack has none of its own
+
+
+def element(memory, steps, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(steps, 4, 3, dtype=torch.complex64, generator=generator)
-    t = torch.randint(0, 9, (steps,), generator=generator).float()
-    return (x, t) if begins is None else (x, t, begins)
+    random = {"generator": generator}
+    if hasattr(memory, "alpha"):
+        steps_covered = torch.randint(0, 9, (steps,), **random).float()
+        return torch.randn(steps, 4, 3, dtype=torch.complex64, **random), steps_covered
+    if hasattr(memory, "chunk"):
+        return (torch.randn(steps, 3, 5, **random),)
+    return tuple(torch.randn(steps, 4, dtype=torch.complex64, **random) for _ in range(2))
 
 
+def state_of(memory, element):
+    """The part of a fading memoroid's element that the readout sees."""
+    return element[0] if hasattr(memory, "alpha") else element[1]
+
+
+def values_and_gradients(memory, obs, begins, forward=None, weight=None):
+    """Output, and gradients of its weighted sum in obs and in every parameter that is learned."""
+    obs = obs.clone().requires_grad_()
+    out = (forward or memory)(obs, begins)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)) if weight is None else weight
+    learned = [p for p in memory.parameters() if p.requires_grad]
+    # a single step has no use for the decay in the operator's form: no gradient, which is zero
+    gradients = torch.autograd.grad(out, [obs, *learned], weight.to(out.dtype), allow_unused=True, materialize_grads=True)
+    return out.detach(), *gradients
+
+
+@only(ALGEBRAS)
 def test_operator_is_associative_and_has_an_identity(memory):
-    a, b, c = (element(50, seed=s) for s in range(3))
+    a, b, c = (element(memory, 50, seed=s) for s in range(3))
     op = memory.operator
     torch.testing.assert_close(op(op(a, b), c), op(a, op(b, c)), rtol=1e-4, atol=1e-5)
     identity = tuple(e.expand_as(v) for e, v in zip(memory.identity, a))
     torch.testing.assert_close(op(identity, a), a)
     torch.testing.assert_close(op(a, identity), a)
-    assert not torch.allclose(op(a, b)[0], op(b, a)[0])  # it is not commutative: order is tested
 
 
-def test_resettable_is_associative_for_every_pattern_of_begins(ffm, memory):
-    """All eight combinations of begins in three elements. The readout sees X; a longer scan sees t and the flag too."""
-    op = ffm.resettable(memory.operator, memory.identity)
+@only(DIAGONAL)
+def test_operator_is_not_commutative(memory):
+    """So that the other tests test order."""
+    a, b = (element(memory, 50, seed=s) for s in range(2))
+    assert not torch.allclose(state_of(memory, memory.operator(a, b)), state_of(memory, memory.operator(b, a)))
+
+
+@only(ALGEBRAS)
+def test_resettable_is_associative_for_every_pattern_of_begins(script, memory):
+    """All eight combinations of begins in three elements, in everything that an element holds."""
+    op = script.resettable(memory.operator, memory.identity)
     flags = torch.cartesian_prod(*[torch.tensor([False, True])] * 3)
-    a, b, c = (element(8, flags[:, i], seed=i) for i in range(3))
+    a, b, c = ((*element(memory, 8, seed=i), flags[:, i]) for i in range(3))
     for left, right in zip(op(op(a, b), c), op(a, op(b, c))):
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
     identity = (*(e.expand_as(v) for e, v in zip(memory.identity, a)), torch.zeros(8, dtype=torch.bool))
     for got, expected in zip((*op(identity, a), *op(a, identity)), (*a, *a)):
         torch.testing.assert_close(got, expected)
-    restarted = op(a, (*b[:2], torch.ones(8, dtype=torch.bool)))
-    torch.testing.assert_close(restarted[0], b[0])  # what came before a begin is gone
+    restarted = op(a, (*b[:-1], torch.ones(8, dtype=torch.bool)))
+    torch.testing.assert_close(restarted[:-1], b[:-1])  # what came before a begin is gone
+    going_on = op(a, (*b[:-1], torch.zeros(8, dtype=torch.bool)))
+    torch.testing.assert_close(going_on[:-1], memory.operator(a[:-1], b[:-1]))
+    assert restarted[-1].all() and torch.equal(going_on[-1], a[-1])
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 20, 33, 1000])
-def test_operator_scan_equals_linear_scan(ffm, memory, monkeypatch, steps):
-    obs = torch.randn(steps, 6, requires_grad=True)
-    begins = torch.rand(steps) < 0.05
+@pytest.mark.parametrize("steps", LENGTHS)
+def test_operator_scan_equals_linear_scan(script, memory, monkeypatch, steps):
+    obs, begins = torch.randn(steps, 6), torch.rand(steps) < 0.05
     begins[0] = True
-    weight = torch.randn(steps, 5)
-
-    def values_and_gradients():
-        out = memory(obs, begins)
-        # a single step has no use for the decay in the operator's form: no gradient, which is zero
-        learned = [p for p in memory.parameters() if p.requires_grad]
-        return out, *torch.autograd.grad(out, [obs, *learned], weight, allow_unused=True, materialize_grads=True)
-
-    assert ffm.linear_scan is not None
-    fast = values_and_gradients()
-    monkeypatch.setattr(ffm, "linear_scan", None)
-    plain = values_and_gradients()
+    assert script.linear_scan is not None
+    fast = values_and_gradients(memory, obs, begins)
+    monkeypatch.setattr(script, "linear_scan", None)
+    plain = values_and_gradients(memory, obs, begins)
     for a, b in zip(fast, plain):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * b.abs().max().item() + 1e-6)
 
 
-@pytest.mark.parametrize("scan", ["linear_scan", "blelloch_scan"])
-def test_tape_equals_each_episode_alone(ffm, memory, monkeypatch, scan):
-    if scan == "blelloch_scan":
-        monkeypatch.setattr(ffm, "linear_scan", None)
-    obs = torch.randn(20, 6)
-    tape = memory(obs, begins_at(BEGINS, 20))
-    for begin, end in zip(BEGINS, [*BEGINS[1:], 20]):
+@pytest.mark.parametrize(("begins", "steps"), [(BEGINS, 20), (LONG_BEGINS, 100)])
+def test_tape_equals_each_episode_alone(memory, scan, begins, steps):
+    obs = torch.randn(steps, 6)
+    tape = memory(obs, begins_at(begins, steps))
+    for begin, end in zip(begins, [*begins[1:], steps]):
         alone = memory(obs[begin:end], begins_at([0], end - begin))
-        torch.testing.assert_close(tape[begin:end], alone)
+        torch.testing.assert_close(tape[begin:end], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_a_tape_begins_at_its_first_row_with_or_without_the_mark(memory, scan):
+    obs = torch.randn(20, 6)
+    torch.testing.assert_close(memory(obs, begins_at(BEGINS[1:], 20)), memory(obs, begins_at(BEGINS, 20)))
 
 
 def test_one_step_rollout_equals_scan(memory):
     """Two environments whose episodes begin at different rows, against a tape for each."""
     obs = torch.randn(20, 2, 6)
     begins = torch.stack([begins_at(BEGINS, 20), begins_at([0, 7], 20)], dim=1)
-    state = torch.full_like(memory.initial_state(2), torch.nan)  # the first begin must clear it
+    state = torch.full_like(initial_state(memory, 2), torch.nan)  # the first begin must clear it
     rollout = []
     for t in range(20):
         out, state = memory.step(obs[t], begins[t], state)
         rollout.append(out)
     for n in range(2):
-        torch.testing.assert_close(torch.stack(rollout)[:, n], memory(obs[:, n], begins[:, n]))
+        torch.testing.assert_close(torch.stack(rollout)[:, n], memory(obs[:, n], begins[:, n]), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("scan", ["linear_scan", "blelloch_scan"])
-def test_no_gradient_and_no_nan_across_a_begin(ffm, memory, monkeypatch, scan):
-    if scan == "blelloch_scan":
-        monkeypatch.setattr(ffm, "linear_scan", None)
+def test_the_initial_state_is_what_a_begin_leaves(memory):
+    obs, state = torch.randn(3, 6), initial_state(memory, 3)
+    begun = memory.step(obs, torch.ones(3, dtype=torch.bool), torch.randn_like(state))
+    torch.testing.assert_close(memory.step(obs, torch.zeros(3, dtype=torch.bool), state), begun)
+    assert state.shape == begun[1].shape and state.dtype == begun[1].dtype
+
+
+def test_no_gradient_and_no_nan_across_a_begin(memory, scan):
     obs = torch.randn(20, 6)
     obs[2] = torch.nan  # in the second episode, rows 1 to 3
     obs.requires_grad_()
     out = memory(obs, begins_at(BEGINS, 20))
-    assert torch.isfinite(out[4:]).all() and torch.isfinite(out[:1]).all()
+    assert torch.isfinite(out[4:]).all() and torch.isfinite(out[:2]).all()
     assert torch.isnan(out[2:4]).all()  # the nan does reach its own episode
-    (grad,) = torch.autograd.grad(out[13].sum(), obs)  # row 13 is in the last episode, which begins at 11
+    # of row 13, in the last episode, which begins at 11; weighted, as the plain sum of normalised outputs is constant
+    (grad,) = torch.autograd.grad(out[13] @ torch.randn(out.shape[1]), obs)
     assert (grad[4:11] == 0).all() and (grad[14:] == 0).all() and (grad[0] == 0).all()
-    assert (grad[11:14].abs().sum(1) > 0).all()
+    assert (grad[11:14].abs().sum(1) > 1e-6).all()
 
 
-def test_first_observation_reaches_the_end_of_a_long_episode(ffm):
-    """The gradient is not truncated, not even 2,000 steps back."""
-    memory = ffm.FFM(6, 5, 3, 4)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("rows", [[2], [50], [0], [99], [33, 69, 98], [63, 64]])
+def test_a_broken_observation_changes_nothing_in_other_episodes(memory, scan, rows, value):
+    """Values and gradients there are, to the last bit, those of a tape with a sound observation in its place."""
+    begins, obs = begins_at(LONG_BEGINS, 100), torch.randn(100, 6)
+    episode = begins.cumsum(0)
+    others = ~torch.isin(episode, episode[rows])
+    weight = torch.randn_like(memory(obs, begins)) * others[:, None]
+    sound = values_and_gradients(memory, obs, begins, weight=weight)
+    obs[rows] = value
+    broken = values_and_gradients(memory, obs, begins, weight=weight)
+    for a, b in zip(broken[:2], sound[:2]):  # a parameter's gradient sums over all rows, and 0 * nan is nan
+        assert torch.isfinite(b).all()
+        torch.testing.assert_close(a[others], b[others], rtol=0, atol=0)
+
+
+def test_first_observation_reaches_the_end_of_a_long_episode(memory, scan):
+    """The gradient is not truncated: 2,000 steps back it is of the size that it has 1,000 steps back."""
+    with torch.no_grad():
+        for layer in memory.modules():
+            if hasattr(layer, "alpha"):
+                layer.alpha[1] = 1e-6
+            elif hasattr(layer, "nu"):
+                layer.nu.fill_(torch.tensor(0.0005).log())  # fades to e^-1 over the 2,000 steps
+            elif hasattr(layer, "log_step"):
+                layer.log_step.fill_(torch.tensor(0.001).log())
     obs = torch.randn(2000, 6, requires_grad=True)
-    (grad,) = torch.autograd.grad(memory(obs, begins_at([0], 2000))[-1].sum(), obs)
-    assert grad[0].abs().max() > 0
+    out = memory(obs, begins_at([0], 2000))[-1]
+    (grad,) = torch.autograd.grad(out @ torch.randn(out.shape), obs)
+    assert grad[0].abs().max() > 0.1 * grad[1000].abs().max() > 0
 
 
-def test_decay_is_the_exponential_that_the_operator_uses(memory):
-    x, t = element(5)
-    one = (torch.zeros(5, 4, 3, dtype=torch.complex64), torch.ones(5))
-    torch.testing.assert_close(memory.operator((x, t), one)[0], x * memory.decay().to(torch.complex64))
+@only(DIAGONAL)
+def test_decay_is_what_the_operator_multiplies_earlier_memory_by(memory):
+    earlier = element(memory, 5)
+    nothing, decay = torch.zeros_like(state_of(memory, earlier)), memory.decay().to(torch.complex64)
+    one = (nothing, torch.ones(5)) if hasattr(memory, "alpha") else (decay.expand_as(nothing), nothing)  # a step without input
+    torch.testing.assert_close(state_of(memory, memory.operator(earlier, one)), state_of(memory, earlier) * decay)
     assert memory.decay().dtype == torch.complex128 and (memory.decay().abs() <= 1).all()
+
+
+@only(["S5"])
+def test_s5_fades_also_with_eigenvalues_in_the_right_half_plane(memory):
+    with torch.no_grad():
+        memory.lambda_re.fill_(3.0)
+    assert (memory.decay().abs() < 1).all()
+    assert torch.isfinite(memory(torch.randn(1000, 6), begins_at([0], 1000))).all()
+
+
+EDGES = {
+    "none": [],
+    "first": [0],
+    "edges": [0, 31, 32, 33, 63, 64],
+    "edges, no first": [31, 32, 33, 63, 64],
+    "before": [31, 63],
+    "at": [32, 64],
+    "behind": [33, 65],
+    "several in one": [0, 3, 4, 9, 30, 40, 41, 50],
+    "over several": [20, 90, 200, 700],
+    "random": None,
+    "every row": range(1000),
+}
+
+
+@pytest.mark.parametrize("edges", EDGES)
+@pytest.mark.parametrize("own_scan", [False, True])
+@only(["LinearAttention"])
+def test_chunks_equal_the_operator_scan_over_whole_elements(script, memory, monkeypatch, edges, own_scan):
+    """In double precision, against a scan of phi(k) (v, 1)^T row by row."""
+    memory.double()
+    if own_scan:
+        monkeypatch.setattr(script, "linear_scan", None)
+
+    def plain(obs, begins):
+        query, key, value, skip = memory.lift(obs)
+        rows = key[:, :, None] * value[:, None, :]
+        x, _ = script.blelloch_scan(script.resettable(memory.operator, memory.identity), (rows, begins))
+        return memory.readout(torch.einsum("tk,tkv->tv", query, x), skip)
+
+    for steps in LENGTHS:
+        obs = torch.randn(steps, 6, dtype=torch.float64)
+        begins = torch.rand(steps) < 0.05 if EDGES[edges] is None else begins_at(EDGES[edges], steps)
+        chunked = values_and_gradients(memory, obs, begins)
+        for a, b in zip(chunked, values_and_gradients(memory, obs, begins, plain)):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11 * (1 + b.abs().max().item()), msg=f"{steps} rows")
