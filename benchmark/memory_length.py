@@ -11,7 +11,7 @@ The sensitivity of an action's value to the observation of age n - i (Morad et a
 if the model has it; a_n is the greedy action. Every model plays whole greedy episodes in its own environment, all with the
 same seeds. Each episode is a tape by itself: memory runs from o_0 on, also in a model that was trained on segments. Shares
 are averaged over episodes and over the rows n, of which there are two sets:
-last action          the one that ends the episode, as in the paper: there Q(s_n, a_n) is the reward and nothing after it
+last action          as in the paper: where it terminates the episode, Q(s_n, a_n) is its reward and nothing after it
 along the episode    rows at even distances up to the last action, all with ages outside the RML if the episode is that long;
                      an age that a row does not have is a share of zero there, so this curve falls faster with age
 
@@ -49,11 +49,12 @@ def load_model(path, script=None):
         remedy = "see `ls runs`, and mind that a run saves its model when training ends"
         raise ValueError(f"runs: expected a run's directory with one *.cleanrl_model, or such a file, got {found}; {remedy}")
     content = torch.load(files[0], map_location="cpu", weights_only=True)
-    own = argparse.Namespace(**content["args"])
-    script = Path(script or ROOT / "single_files" / f"{own.exp_name}.py")
+    script = Path(script or ROOT / "single_files" / f"{content['args']['exp_name']}.py")
     if not script.is_file():
         raise ValueError(f"--script: expected the script that trained {files[0].name}, got {str(script)!r}; name its path")
-    return load_script(script), own, content["q_network"]
+    module = load_script(script)
+    own = vars(module.Args()) | content["args"]  # an argument younger than the model has its default, as with --evaluate
+    return module, argparse.Namespace(**own), content["q_network"]
 
 
 def task_memory_length(env):
@@ -208,7 +209,7 @@ def picture(curves, summary, path):
     environments = list(dict.fromkeys((row["env_id"], row["env_kwargs"]) for row in summary))
     places = list(dict.fromkeys(row["at"] for row in summary))
     colours = {name: f"C{i % 10}" for i, name in enumerate(dict.fromkeys(label(row) for row in summary))}
-    size = (6 * len(environments), 3 * len(places))
+    size = (6 * len(environments), 3.2 * len(places))
     figure, axes = plt.subplots(len(places), len(environments), figsize=size, squeeze=False, layout="constrained")
     for down, at in enumerate(places):
         for across, (env_id, env_kwargs) in enumerate(environments):
@@ -225,7 +226,7 @@ def picture(curves, summary, path):
                 axis.axvline(length - 0.5, color="black", ls="--", lw=1, label=f"RML = {length}, not needed to the right")
             title = env_id + ("" if env_kwargs == "{}" else f" {env_kwargs}")
             title += ", RML: the whole episode" if "episode" in lengths else ""
-            axis.set(title=f"{title}; {at}", xlabel="age of the observation (steps)", ylabel="share of |dQ / do|")
+            axis.set(title=f"{title}\n{at}", xlabel="age of the observation (steps)", ylabel="share of |dQ / do|")
             axis.set_yscale("log")
             axis.grid(alpha=0.3)
             axis.legend(fontsize="small")

@@ -1,17 +1,21 @@
-"""Times one update of single_files/dqn_tbb_ffm.py at the paper's sizes, and what it is made of.
+"""Times one update of the DQN scripts at the paper's sizes, and what it is made of.
 
-    python benchmark/update.py                              # one core; writes benchmark/results/update.csv
-    python benchmark/update.py --paper memory-monoids       # beside the paper's jitted update: paper_update.py says how
-    python benchmark/update.py --rows 1000 --profile        # PyTorch's own account of the time
+    python benchmark/update.py                              # every script, one core; writes benchmark/results/update.csv
+    python benchmark/update.py --paper memory-monoids       # beside the paper's jitted updates: paper_update.py says how
+    python benchmark/update.py --only dqn_tbb_ffm --rows 1000 --profile       # PyTorch's own account of the time
 
-The network: 8 observations, 4 actions, layers of 256 units, an FFM of 64 traces and 4 contexts. The tape: --rows transitions
-in episodes of about 100 steps. Beside the whole update, parts of it run alone, on the same shapes, in the same run:
-matrix products   every Linear layer of one online forward pass, its backward pass, and one target forward pass
-scan              linear_scan twice forward, once backward
+The networks: 8 observations, 4 actions, layers of 256 units, and the memories of the paper's experiments (SIZES below). The
+tape: --rows transitions in episodes of about 100 steps; for segments, as many rows in segments of --segment-length. Beside the
+whole update, its parts run alone, on the shapes and the very tensors that one update gave them, in the same run:
+matrix products   every one of them, forward (online and target) and backward
+scan              linear_scan, forward twice and backward once; linear attention scans only between its chunks
 optimiser         clipping, AdamW, the target network's step
 rest              what the parts leave of the update: elementwise work, losses, and what autograd and Python cost
-sampling          drawing the tape from a full TapeBuffer, which is no part of the update
-Bars: the update takes at most 1.4 times its matrix products, and at most half as long as the paper's at 1000 rows.
+sampling          drawing the tape from a full buffer, which is no part of the update
+`waste` is the share of the rows that carry no loss: padding, and the rows of final observations.
+
+Then, for linear attention at 64 x 64, attention alone against the paper's operator; and for tape against segments, a scan of
+T rows against one of L rows of T / L segments side by side, whose tree is log L deep instead of log T.
 """
 
 import importlib.util
@@ -33,20 +37,31 @@ from timing import (
 )
 
 OBS_SIZE, ACTIONS, EPISODE = 8, 4, 100
-SIZES = {"hidden_size": 256, "trace_size": 64, "context_size": 4}
+SIZES = {
+    "ffm": {"hidden_size": 256, "trace_size": 64, "context_size": 4},
+    "lru": {"hidden_size": 256, "state_size": 128, "num_layers": 2},
+    "s5": {"hidden_size": 256, "state_size": 128, "num_layers": 2},
+    "linattn": {"hidden_size": 256, "key_size": 16, "value_size": 16},
+}
+PAPER = {"ffm": "ffm", "lru": "lru", "s5": "s5", "linattn": "linear_transformer"}  # names in paper_update.py
+FASTER = {"ffm": (2, 2.7), "lru": (3.3, 3.5), "s5": (3.3, None), "linattn": (1.5, None)}  # than the paper at 1000, 10000 rows
 
 
 def parse_args():
     out = parser(__doc__.split("\n")[0])
     out.add_argument("--rows", type=int, nargs="+", default=[1000, 10_000], help="transitions on the tape")
-    out.add_argument("--paper", help="clone of the paper's repository: time its update too (needs jax)")
+    scripts = sorted(path.stem for path in (ROOT / "single_files").glob("dqn_*.py"))
+    out.add_argument("--only", nargs="+", default=scripts, choices=scripts, metavar="SCRIPT", help="scripts to time")
+    out.add_argument("--segment-length", type=int, nargs="+", default=[10, 100], help="for the dqn_sbb scripts (transitions)")
+    out.add_argument("--paper", help="clone of the paper's repository: time its updates too (needs jax)")
     out.add_argument("--profile", action="store_true", help="also print the operators that take most time, by torch.profiler")
-    out.add_argument("--script", default=str(ROOT / "single_files" / "dqn_tbb_ffm.py"), help="the training script")
     return out.parse_args()
 
 
-def filled_buffer(script, rng, capacity=100_000):
-    buffer = script.TapeBuffer(capacity, OBS_SIZE)
+def filled_buffer(script, rng, args, capacity=100_000):
+    segments = hasattr(args, "segment_length")
+    buffer = script.SegmentBuffer if segments else script.TapeBuffer
+    buffer = buffer(capacity, OBS_SIZE, *((args.segment_length, args.burn_in) if segments else ()))
     while buffer.oldest == 0:  # until the first episode is overwritten
         steps = int(rng.integers(0.8 * EPISODE, 1.2 * EPISODE))
         obs, rewards = rng.standard_normal((steps + 1, OBS_SIZE)), rng.standard_normal(steps)
@@ -54,17 +69,39 @@ def filled_buffer(script, rng, capacity=100_000):
     return buffer
 
 
-def contenders(script, rows):
-    """{name: call} for a tape of `rows` transitions, and the number of rows of that tape, final observations included."""
+def recorded(script, update):
+    """The matrix products and the scans of one update: [(function, its arguments)], [arguments of linear_scan]."""
+    products, scans, linear_scan = [], [], script.linear_scan
+    names = {"mm", "addmm", "bmm", "baddbmm"}
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket.__name__ in names:
+                products.append((function, args))
+            return function(*args, **(kwargs or {}))
+
+    def scan(*args):
+        scans.append([v.detach().clone().requires_grad_(v.requires_grad) if torch.is_tensor(v) else v for v in args])
+        return linear_scan(*args)
+
+    script.linear_scan = scan
+    with Recorder():
+        update()
+    script.linear_scan = linear_scan
+    return products, scans
+
+
+def contenders(script, rows, sizes):
+    """{name: call} for a tape of `rows` transitions, the tape, and how many matrix products an update has."""
     rng = np.random.default_rng(0)
     torch.manual_seed(0)
     spaces = gym.spaces.Box(-np.inf, np.inf, (OBS_SIZE,)), gym.spaces.Discrete(ACTIONS)
-    envs, args = SimpleNamespace(single_observation_space=spaces[0], single_action_space=spaces[1]), script.Args(**SIZES)
+    envs, args = SimpleNamespace(single_observation_space=spaces[0], single_action_space=spaces[1]), script.Args(**sizes)
     q_network, target_network = script.QNetwork(envs, args), script.QNetwork(envs, args)
     target_network.load_state_dict(q_network.state_dict())
     # a rate of 0 does the same work and lets thousands of updates of one tape, and of the optimiser alone, stay where they are
     optimizer = torch.optim.AdamW(q_network.parameters(), lr=0.0, weight_decay=0, fused=True)
-    buffer = filled_buffer(script, rng)
+    buffer = filled_buffer(script, rng, args)
     # the last episode is drawn whole: of many tapes the one that overshoots least, as the paper's code cuts it
     tape = min((buffer.sample(rows, rng) for _ in range(100)), key=lambda tape: len(tape.transitions))
 
@@ -90,36 +127,121 @@ def contenders(script, rows):
         step()
 
     update()  # leaves gradients for the optimiser alone
+    found, scans = recorded(script, update)
+
+    @torch.no_grad()
+    def products():
+        for function, arguments in found:
+            function(*arguments)
+
+    def scan():
+        for arguments in scans:
+            h = linear_scan(*arguments)
+            if h.requires_grad:
+                leaves = [v for v in arguments if torch.is_tensor(v) and v.requires_grad]
+                torch.autograd.grad(h, leaves, h.detach())
 
     def optimise():
         clip()
         step()
 
-    layers, steps = [m for m in q_network.modules() if isinstance(m, nn.Linear)], len(tape.obs)
-    inputs = [torch.randn(steps, m.in_features) for m in layers]
-    outputs = [torch.randn(steps, m.out_features) for m in layers]
-
-    @torch.no_grad()
-    def products():
-        for m, x in zip(layers + layers, inputs + inputs):  # online, target
-            F.linear(x, m.weight, m.bias)
-        for m, x, grad in zip(layers, inputs, outputs):
-            grad.t().mm(x)
-            if m is not layers[0]:  # nobody asks for the gradient of the observations
-                grad.mm(m.weight)
-
-    decay = q_network.memory.decay().detach().requires_grad_()
-    x, w = (torch.randn(steps, *decay.shape, dtype=torch.complex64) for _ in range(2))
-    x.requires_grad_()
-
-    def scan():
-        h = linear_scan(decay, x, tape.begins)
-        with torch.no_grad():
-            linear_scan(decay, x, tape.begins)
-        torch.autograd.grad(h, (decay, x), w)
-
     calls = {"update": update, "matrix products": products, "scan": scan, "optimiser": optimise}
-    return calls | {"sampling": lambda: buffer.sample(rows, rng)}, steps
+    return calls | {"sampling": lambda: buffer.sample(rows, rng)}, tape
+
+
+def time_script(name, rows, segment_length, args):
+    """Rows of the table for one script on one tape, and its bars."""
+    memory = name.split("_")[-1]
+    sizes = SIZES[memory] | ({"segment_length": segment_length} if segment_length else {})
+    calls, tape = contenders(load_script(ROOT / "single_files" / f"{name}.py"), rows, sizes)
+    if args.paper and not segment_length:
+        paper = {"rows": rows, "obs_size": OBS_SIZE, "actions": ACTIONS, "episode": EPISODE}
+        calls["jax paper"] = OwnProcess("paper_update", "paper_update", args.paper, PAPER[memory], **paper)
+    times, found = interleave(calls, args), []
+    where = {"script": name, "L": segment_length or "", "rows": rows, "T": len(tape.obs)}
+    where |= {"waste": 1 - len(tape.transitions) / len(tape.obs)}
+    for part, values in times.items():
+        found.append(where | {"what": part, "median_ms": float(np.median(values)), "min_ms": float(values.min())})
+        if part in ("update", "scan", "optimiser", "jax paper"):
+            found[-1]["vs_products"], found[-1]["vs_products_min"] = ratio(times, part, "matrix products")
+        if part == "update" and "jax paper" in times:
+            found[-1]["vs_paper"], found[-1]["vs_paper_min"] = ratio(times, "jax paper", part)
+    rest = where | {"what": "rest"}
+    for column in ("median_ms", "min_ms"):
+        rest[column] = found[0][column] - sum(row[column] for row in found[1:4])
+    found.insert(4, rest)
+    print_table(found)
+    bars, text = [], f"{name}, {rows} rows: update"
+    if name == "dqn_tbb_ffm":
+        bars.append((f"{text}, times its matrix products", "<=", 1.4, ratio(times, "update", "matrix products")))
+    wanted = None if segment_length else dict(zip((1000, 10_000), FASTER[memory])).get(rows)
+    if wanted:
+        bars.append((f"{text}, times faster than the paper's", ">=", wanted, ratio(times, "jax paper", "update")))
+    if args.profile:
+        profile(calls["update"])
+    if "jax paper" in calls:
+        calls["jax paper"].close()
+    return found, bars
+
+
+def time_attention(args, with_jax, steps, key_size=64):
+    """Linear attention alone, forward and backward, chunked against the paper's scan over [T, K, V]."""
+    script = load_script(ROOT / "single_files" / "dqn_tbb_linattn.py")
+    attention = script.LinearAttention(256, 256, key_size, key_size)
+    begins = np.arange(steps) % EPISODE == 0
+    query, key = ((1 + F.elu(torch.randn(steps, key_size))).requires_grad_() for _ in range(2))
+    value, weight = torch.randn(steps, key_size, requires_grad=True), torch.randn(steps, key_size)
+
+    def chunked():
+        read = attention.attend(query, key, F.pad(value, (0, 1), value=1.0), torch.from_numpy(begins))
+        weighted, normaliser = read.split((key_size, 1), dim=-1)
+        torch.autograd.grad(weighted * normaliser.reciprocal(), (query, key, value), weight)
+
+    calls = {"attention": chunked}
+    if with_jax:
+        sizes = {"T": steps, "K": key_size, "V": key_size, "begins": begins, "grad": True}
+        calls["jax paper"] = OwnProcess("jax_baselines", "linear_transformer_scan", **sizes)
+    times = interleave(calls, args)
+    rows = [
+        {"script": "dqn_tbb_linattn", "T": steps, "what": f"{name}, {key_size} x {key_size}, fwd+bwd"}
+        | {"median_ms": float(np.median(values)), "min_ms": float(values.min())}
+        for name, values in times.items()
+    ]
+    rows[0]["vs_paper"], rows[0]["vs_paper_min"] = ratio(times, "jax paper", "attention")
+    print_table(rows)
+    text = f"linear attention {key_size} x {key_size}, {steps} rows: times faster than the paper's scan"
+    if with_jax:
+        calls["jax paper"].close()
+    return rows, [(text, ">=", 25, ratio(times, "jax paper", "attention"))]
+
+
+def time_depth(args, channels=256):
+    """A scan's forward pass over T rows in one piece, and over L rows of T / L segments side by side."""
+    rows, decay = [], 0.9 * torch.exp(1j * torch.rand(channels, dtype=torch.float64))
+
+    def operator(left, right):
+        return left[0] * right[0], left[1] * right[0] + right[1]
+
+    def calls_of(x, begins, name):
+        elems = decay.to(x.dtype).expand_as(x), x
+        return {
+            f"numba, {name}": lambda: linear_scan(decay, x, begins, backend="numba"),
+            f"torch, {name}": lambda: linear_scan(decay, x, begins, backend="torch"),
+            f"tree, {name}": lambda: associative_scan(operator, elems),
+        }
+
+    for steps in (1024, 16_384):
+        x, begins = torch.randn(steps, channels, dtype=torch.complex64), torch.arange(steps) % EPISODE == 0
+        calls = calls_of(x, begins, "tape")
+        for length in (512, 64, 8):
+            calls |= calls_of(x.view(-1, length, channels).transpose(0, 1).contiguous(), None, f"L = {length}")
+        times = interleave(calls, args)
+        for name, values in times.items():
+            tape = times[f"{name.split(',')[0]}, tape"]
+            row = {"script": "scan", "T": steps, "what": name, "median_ms": float(np.median(values))}
+            rows.append(row | {"min_ms": float(values.min()), "vs_tape": float(np.median(values) / np.median(tape))})
+    print_table(rows)
+    return rows
 
 
 def profile(call, updates=20):
@@ -138,46 +260,23 @@ if __name__ == "__main__":
     import torch
     import torch.nn.functional as F
     from torch import nn
+    from torch.utils._python_dispatch import TorchDispatchMode
 
-    from cleanrl_memoroid.scan import linear_scan
+    from cleanrl_memoroid.scan import associative_scan, linear_scan
 
     if args.paper and importlib.util.find_spec("jax") is None:
         print(WITHOUT_JAX)
         args.paper = None
-    script, rows, bars = load_script(args.script), [], []
+    rows, bars = [], []
     for length in args.rows:
-        calls, steps = contenders(script, length)
-        if args.paper:
-            sizes = {"rows": length, "obs_size": OBS_SIZE, "actions": ACTIONS, "episode": EPISODE}
-            calls["jax paper"] = OwnProcess("paper_update", "paper_update", args.paper, **sizes)
-        times = interleave(calls, args)
-        found = []
-        for name, values in times.items():
-            found.append(
-                {
-                    "rows": length,
-                    "T": steps,
-                    "what": name,
-                    "median_ms": float(np.median(values)),
-                    "min_ms": float(values.min()),
-                }
-            )
-            if name in ("update", "scan", "optimiser", "jax paper"):
-                found[-1]["vs_products"], found[-1]["vs_products_min"] = ratio(times, name, "matrix products")
-            if name == "update" and args.paper:
-                found[-1]["vs_paper"], found[-1]["vs_paper_min"] = ratio(times, "jax paper", name)
-        rest = {"rows": length, "T": steps, "what": "rest"}
-        for column in ("median_ms", "min_ms"):
-            rest[column] = found[0][column] - sum(row[column] for row in found[1:4])
-        found.insert(4, rest)
-        print_table(found)
-        rows += found
-        bars.append(
-            (f"update of {length} rows: times its matrix products", "<=", 1.4, ratio(times, "update", "matrix products"))
-        )
-        if length == 1000:
-            bars.append(("update of 1000 rows: times faster than the paper's", ">=", 2, ratio(times, "jax paper", "update")))
-        if args.profile:
-            profile(calls["update"])
+        for name in args.only:
+            for segment_length in args.segment_length if "_sbb_" in name else (None,):
+                found, wanted = time_script(name, length, segment_length, args)
+                rows, bars = rows + found, bars + wanted
+    if "dqn_tbb_linattn" in args.only:
+        for steps in (1024, 4096):
+            found, wanted = time_attention(args, importlib.util.find_spec("jax") is not None, steps)
+            rows, bars = rows + found, bars + wanted
+        rows += time_depth(args)
     print_bars(bars)
     write_csv("update", where, rows, args)

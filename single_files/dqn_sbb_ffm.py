@@ -354,7 +354,6 @@ class SegmentBuffer:
         if burn_in < 0:
             raise ValueError(f"--burn-in: expected at least 0, got {burn_in}; raise it")
         self.segment_length, self.burn_in = segment_length, burn_in
-        # region ring -- Copied from single_files/dqn_tbb_ffm.py#ring
         self.obs = np.zeros((buffer_size, obs_size), np.float32)
         self.actions = np.zeros(buffer_size, np.int64)
         self.rewards = np.zeros(buffer_size, np.float32)
@@ -362,7 +361,6 @@ class SegmentBuffer:
         self.episode_begins = np.zeros(buffer_size // 2, np.int64)  # an episode has two rows at least
         self.episode_rows = np.zeros(buffer_size // 2, np.int64)
         self.oldest = self.newest = self.rows = self.end = self.touched = 0
-        # endregion
 
     # Copied from single_files/dqn_tbb_ffm.py:TapeBuffer.add
     def add(self, obs, actions, rewards, terminated):

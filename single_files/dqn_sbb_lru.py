@@ -379,13 +379,13 @@ class SegmentBuffer:
     With `burn_in`, up to that many earlier rows stand before a segment and warm its memory, outside the loss (R2D2).
     """
 
+    # Copied from single_files/dqn_sbb_ffm.py:SegmentBuffer.__init__
     def __init__(self, buffer_size, obs_size, segment_length, burn_in):
         if segment_length < 1:
             raise ValueError(f"--segment-length: expected at least 1, got {segment_length}; raise it")
         if burn_in < 0:
             raise ValueError(f"--burn-in: expected at least 0, got {burn_in}; raise it")
         self.segment_length, self.burn_in = segment_length, burn_in
-        # region ring -- Copied from single_files/dqn_tbb_ffm.py#ring
         self.obs = np.zeros((buffer_size, obs_size), np.float32)
         self.actions = np.zeros(buffer_size, np.int64)
         self.rewards = np.zeros(buffer_size, np.float32)
@@ -393,7 +393,6 @@ class SegmentBuffer:
         self.episode_begins = np.zeros(buffer_size // 2, np.int64)  # an episode has two rows at least
         self.episode_rows = np.zeros(buffer_size // 2, np.int64)
         self.oldest = self.newest = self.rows = self.end = self.touched = 0
-        # endregion
 
     # Copied from single_files/dqn_tbb_ffm.py:TapeBuffer.add
     def add(self, obs, actions, rewards, terminated):
@@ -419,6 +418,7 @@ class SegmentBuffer:
         self.touched = max(self.touched, at.max() + 1)
         self.newest += 1
 
+    # Copied from single_files/dqn_sbb_ffm.py:SegmentBuffer.sample
     def sample(self, batch_size, rng, device="cpu"):
         """batch_size / segment_length segments, uniform over all segments with replacement: as many rows as on a tape."""
         if self.newest == self.oldest:

@@ -330,7 +330,6 @@ class TapeBuffer:
     """
 
     def __init__(self, buffer_size, obs_size):
-        # region ring
         self.obs = np.zeros((buffer_size, obs_size), np.float32)
         self.actions = np.zeros(buffer_size, np.int64)
         self.rewards = np.zeros(buffer_size, np.float32)
@@ -338,7 +337,6 @@ class TapeBuffer:
         self.episode_begins = np.zeros(buffer_size // 2, np.int64)  # an episode has two rows at least
         self.episode_rows = np.zeros(buffer_size // 2, np.int64)
         self.oldest = self.newest = self.rows = self.end = self.touched = 0
-        # endregion
 
     def add(self, obs, actions, rewards, terminated):
         """Adds one episode: obs [L+1, O] with the final observation, actions [L], rewards [L]; did it end by termination?"""

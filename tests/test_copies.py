@@ -277,12 +277,17 @@ def test_prose_and_strings_are_no_markers(repository):
 
 
 def unmarked_twice(root):
-    """Top-level names of single_files/ that have a body without a marker in several files: {name: files}."""
+    """Top-level names of single_files/ that have a body without a marker in several files: {name: files}.
+
+    A class is marked by one marker above it, or by one above each of its methods, where it puts several sources together.
+    """
     found = {}
     for path, file in check_copies.load(root).items():
         marked = {block.first for _, _, block in file.copies}
         for name, blocks in file.blocks.items():
-            if path.startswith("single_files/") and name.isidentifier() and any(b.first not in marked for b in blocks):
+            methods = [b.first for method, blocks_ in file.blocks.items() if method.startswith(f"{name}.") for b in blocks_]
+            whole = any(b.first not in marked for b in blocks) and not (methods and marked.issuperset(methods))
+            if path.startswith("single_files/") and name.isidentifier() and whole:
                 found.setdefault(name, []).append(path)
     return {name: paths for name, paths in found.items() if len(paths) > 1 and name not in OWN}
 
@@ -301,6 +306,8 @@ def test_no_block_is_repeated_without_a_marker():
         ("# Copied from single_files/source.py:scale\n" + BLOCK, []),
         ("class Args: ...\ndef make_env(): ...\nclass QNetwork: ...\nclass Agent: ...\n", []),
         ("class Network: ...\n", ["Network"]),
+        ("class FFM:\n    # Copied from single_files/source.py:FFM.lift\n    def lift(): ...\n", []),
+        ("class FFM:\n    # Copied from single_files/source.py:FFM.lift\n    def lift(): ...\n    def own(): ...\n", ["FFM"]),
         ("def other():\n    def scale(): ...\nclass Other:\n    def lift(): ...\n", []),
     ],
 )
