@@ -3,9 +3,10 @@
     python benchmark/report.py                    # from runs/ and benchmark/results/*.csv
     python benchmark/report.py --runs ""          # from the committed benchmark/results/*.csv alone
 
-Runs of one script become benchmark/results/SCRIPT.csv (a row per run: the greedy return of its final network) and
-SCRIPT_curves.csv (training returns in bins of steps); these become SCRIPT.png and the Markdown tables between
-`<!-- results: NAME -->` and `<!-- end results -->`. Nothing is typed by hand.
+Runs of one name (a script's, or what --exp-name says) become benchmark/results/NAME.csv (a row per run: the greedy return of
+its final network) and NAME_curves.csv (training returns in bins of steps); these become NAME.png and the Markdown tables
+between `<!-- results: NAME -->` and `<!-- end results -->`. Where runs in one environment were given different flags, those
+that differ stand in the column `flags`. Nothing is typed by hand.
 """
 
 import argparse
@@ -17,10 +18,11 @@ from pathlib import Path
 import numpy as np
 
 BINS = 40  # points of a curve
+NOT_COMPARED = {"exp_name", "seed", "env_id", "env_kwargs", "total_timesteps", "torch_threads", "track", "checkpoint_interval"}
 
 
 def read_run(folder):
-    """(row of results, rows of the curve) of a finished run, or None."""
+    """(row of results, rows of the curve, arguments) of a finished run, or None."""
     import torch
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -31,7 +33,8 @@ def read_run(folder):
     args = torch.load(models[0], weights_only=True)["args"]
     evaluation, training = events.Scalars("eval/episodic_return"), events.Scalars("charts/episodic_return")
     returns = [e.value for e in evaluation]
-    run = {"script": args["exp_name"], "env_id": args["env_id"], "env_kwargs": args["env_kwargs"], "seed": args["seed"]}
+    run = {"name": args["exp_name"], "env_id": args["env_id"], "env_kwargs": args["env_kwargs"], "flags": ""}
+    run["seed"] = args["seed"]
     result = run | {
         "total_timesteps": args["total_timesteps"],
         "greedy_return": f"{np.mean(returns):.4f}",
@@ -47,7 +50,23 @@ def read_run(folder):
         for i in range(1, BINS + 1)
         if (which == i).any()
     ]
-    return result, curve
+    return result, curve, args
+
+
+def flag_differences(found):
+    """Fills in `flags` for runs of one name: what differs between those in one environment. A tape has no segment_length."""
+    groups = defaultdict(list)
+    for result, curve, args in found:
+        groups[result["env_id"], result["env_kwargs"]].append((result, curve, args))
+    for members in groups.values():
+        names = dict.fromkeys(name for *_, args in members for name in args if name not in NOT_COMPARED)
+        differ = [name for name in names if len({str(args.get(name)) for *_, args in members}) > 1]
+        for result, curve, args in members:
+            flags = [f"{name}={args[name]}" for name in differ if name in args]
+            if "segment_length" in differ and "segment_length" not in args:
+                flags.insert(0, "tape")
+            for row in (result, *curve):
+                row["flags"] = " ".join(flags)
 
 
 def write(path, text):
@@ -78,24 +97,25 @@ def markdown(rows, columns):
 
 
 def run_table(rows):
-    """One row per environment, every seed's return listed."""
+    """One row per environment and set of flags, every seed's return listed."""
     groups = defaultdict(list)
     for row in rows:
-        groups[row["env_id"], row["env_kwargs"], row["total_timesteps"]].append(row)
+        groups[row["env_id"], row["env_kwargs"], row["flags"], row["total_timesteps"]].append(row)
     table = []
-    for (env_id, env_kwargs, steps), members in groups.items():
+    for (env_id, env_kwargs, flags, steps), members in groups.items():
         returns = np.array([float(m["greedy_return"]) for m in members])
         seconds = [float(m["seconds"]) for m in members]
         table.append(
             {
                 "environment": env_id + ("" if env_kwargs == "{}" else f" {env_kwargs}"),
+                "flags": flags,
                 "steps": f"{int(steps):,}",
                 "greedy return, mean ± sd": f"{returns.mean():.3f} ± {returns.std():.3f}",
                 "each seed": ", ".join(f"{r:.3f}" for r in returns),
                 "seconds per run": f"{min(seconds):.0f} to {max(seconds):.0f}",
             }
         )
-    return markdown(table, list(table[0]))
+    return markdown(table, [name for name in table[0] if name != "flags" or any(row["flags"] for row in table)])
 
 
 def picture(curves, path):
@@ -105,17 +125,23 @@ def picture(curves, path):
     matplotlib.rcParams["svg.hashsalt"] = "0"
     import matplotlib.pyplot as plt
 
-    environments = list(dict.fromkeys(row["env_id"] for row in curves))
+    environments = list(dict.fromkeys((row["env_id"], row["env_kwargs"]) for row in curves))
     figure, axes = plt.subplots(1, len(environments), figsize=(5 * len(environments), 3), squeeze=False, layout="constrained")
-    for axis, env_id in zip(axes[0], environments):
-        seeds = defaultdict(list)
+    for axis, (env_id, env_kwargs) in zip(axes[0], environments):
+        lines = defaultdict(list)
         for row in curves:
-            if row["env_id"] == env_id:
-                seeds[row["seed"]].append((int(row["global_step"]) / 1000, float(row["episodic_return"])))
-        for points in seeds.values():
-            axis.plot(*np.array(points).T, color="tab:blue", alpha=0.6)
+            if (row["env_id"], row["env_kwargs"]) == (env_id, env_kwargs):
+                lines[row["flags"], row["seed"]].append((int(row["global_step"]) / 1000, float(row["episodic_return"])))
+        colors = {flags: f"C{i}" for i, flags in enumerate(dict.fromkeys(flags for flags, _ in lines))}
+        seeds = {seed for _, seed in lines}
+        for (flags, _), points in lines.items():
+            axis.plot(*np.array(points).T, color=colors[flags], alpha=0.6)
+        if len(colors) > 1:
+            for flags, color in colors.items():
+                axis.plot([], [], color=color, label=flags)
+            axis.legend(fontsize="x-small")
         axis.set(
-            title=f"{env_id}, {len(seeds)} seeds",
+            title=f"{env_id}{'' if env_kwargs == '{}' else ' ' + env_kwargs}, {len(seeds)} seeds",
             xlabel="thousand environment steps",
             ylabel="training return",
             ylim=(-1.05, 1.05),
@@ -146,16 +172,17 @@ if __name__ == "__main__":
     parser.add_argument("--no-pictures", action="store_true", help="tables only; needs no matplotlib")
     args = parser.parse_args()
     results = args.root / "benchmark" / "results"
-    scripts = defaultdict(list)
+    names = defaultdict(list)
     for folder in sorted((args.root / args.runs).glob("*/")) if args.runs else []:
         if (found := read_run(folder)) is not None:
-            scripts[found[0]["script"]].append(found)
+            names[found[0]["name"]].append(found)
         else:
             print(f"{folder.name}: not finished, left out")
-    for script, found in scripts.items():
-        found.sort(key=lambda pair: (pair[0]["env_id"], pair[0]["env_kwargs"], int(pair[0]["seed"])))
-        write_rows(results / f"{script}.csv", [result for result, _ in found])
-        write_rows(results / f"{script}_curves.csv", [row for _, curve in found for row in curve])
+    for name, found in names.items():
+        flag_differences(found)
+        found.sort(key=lambda run: (run[0]["env_id"], run[0]["env_kwargs"], run[0]["flags"], int(run[0]["seed"])))
+        write_rows(results / f"{name}.csv", [result for result, *_ in found])
+        write_rows(results / f"{name}_curves.csv", [row for _, curve, _ in found for row in curve])
 
     tables = {}
     for path in sorted(results.glob("*_curves.csv")):
@@ -163,7 +190,7 @@ if __name__ == "__main__":
         if not args.no_pictures:
             picture(read_rows(path)[0], results / f"{name}.png")
         tables[name] = run_table(read_rows(results / f"{name}.csv")[0])
-    for name in ("scan", "update", "collect", "scan_cuda"):
+    for name in ("scan", "update", "collect", "scan_cuda", "memory_length_summary"):
         if (path := results / f"{name}.csv").exists():
             rows, where = read_rows(path)
             tables[name] = f"{where}\n\n{markdown(rows, list(rows[0]))}"

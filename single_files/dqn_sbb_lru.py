@@ -125,9 +125,9 @@ class Args:
     """complex numbers P in the memory of each layer (channels)"""
     num_layers: int = 2
     """layers of the memory, one above the other"""
-    r_min: float = 0.0
+    r_min: float = 0.9
     """the sizes of lambda begin between this and r_max: close to one, memory lasts long"""
-    r_max: float = 1.0
+    r_max: float = 0.999
     """see r_min"""
     segment_length: int = 50
     """transitions per segment; as many segments are drawn as fill `batch_size`, padding included (transitions)"""

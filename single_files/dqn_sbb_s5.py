@@ -125,6 +125,10 @@ class Args:
     """complex numbers P in the memory of each layer (channels)"""
     num_layers: int = 2
     """layers of the memory, one above the other"""
+    dt_min: float = 0.001
+    """the time that a step takes begins between this and dt_max (in units in which memory fades to 1/e in two)"""
+    dt_max: float = 0.1
+    """see dt_min"""
     segment_length: int = 50
     """transitions per segment; as many segments are drawn as fill `batch_size`, padding included (transitions)"""
     burn_in: int = 0
@@ -277,13 +281,13 @@ class S5(nn.Module):
     """
 
     # Copied from single_files/dqn_tbb_s5.py:S5.__init__
-    def __init__(self, width, state_size):
+    def __init__(self, width, state_size, dt_min, dt_max):
         super().__init__()
         eigenvalues, vectors = hippo_n(2 * state_size)
         self.norm = nn.LayerNorm(width)
         self.lambda_re = nn.Parameter(eigenvalues.real.float())  # of the system in continuous time, per unit of time
         self.lambda_im = nn.Parameter(eigenvalues.imag.float())
-        self.log_step = nn.Parameter(torch.empty(state_size).uniform_(np.log(1e-3), np.log(1e-1)))  # log of time per step
+        self.log_step = nn.Parameter(torch.empty(state_size).uniform_(np.log(dt_min), np.log(dt_max)))  # log of time per step
         b = (torch.randn(width, 2 * state_size) / width**0.5).to(vectors.dtype) @ vectors.conj()  # V^-1 B, transposed
         c = (torch.randn(width, 2 * state_size, dtype=torch.complex64) / state_size**0.5).to(vectors.dtype) @ vectors  # C V
         self.B = nn.Parameter(torch.view_as_real(b).float())  # [H, P, 2]
@@ -485,7 +489,9 @@ class QNetwork(nn.Module):
     def __init__(self, env, args):
         super().__init__()
         self.encoder = self.block(np.array(env.single_observation_space.shape).prod(), args.hidden_size)
-        self.memory = StackedS5(args.hidden_size, args.num_layers, state_size=args.state_size)
+        self.memory = StackedS5(
+            args.hidden_size, args.num_layers, state_size=args.state_size, dt_min=args.dt_min, dt_max=args.dt_max
+        )
         self.network = nn.Sequential(*(self.block(args.hidden_size, args.hidden_size) for _ in range(2)))
         self.head = nn.Linear(args.hidden_size, 1 + env.single_action_space.n)  # the value, and each action's advantage
         nn.init.uniform_(self.head.weight, -((0.01 / args.hidden_size) ** 0.5), (0.01 / args.hidden_size) ** 0.5)

@@ -11,7 +11,8 @@ from conftest import load_script
 
 WIDTH, OUT, STEPS = 7, 6, 100
 TOLERANCE = 1e-5  # relative to the largest value of each tensor
-LRU, S5 = {"width": WIDTH, "state_size": 8, "r_min": 0.0, "r_max": 1.0}, {"width": WIDTH, "state_size": 8}
+LRU = {"width": WIDTH, "state_size": 8, "r_min": 0.0, "r_max": 1.0}
+S5 = {"width": WIDTH, "state_size": 8, "dt_min": 0.001, "dt_max": 0.1}
 SIZES = {"input_size": WIDTH, "output_size": OUT}
 MEMORIES = {  # the script, the class, its arguments
     "FFM": ("dqn_tbb_ffm", "FFM", {"trace_size": 5, "context_size": 4, **SIZES}),
@@ -190,14 +191,15 @@ def test_hippo_n_diagonalises_hippo(size):
     torch.testing.assert_close(torch.cat([eigenvalues, eigenvalues.conj()]).imag.sort().values, spectrum, rtol=0, atol=1e-9)
 
 
-def test_s5_starts_with_hippo_at_steps_of_a_thousandth_to_a_tenth():
+@pytest.mark.parametrize(("dt_min", "dt_max"), [(1e-3, 1e-1), (1e-4, 1e-3)])
+def test_s5_starts_with_hippo_at_steps_between_dt_min_and_dt_max(dt_min, dt_max):
     script = load_script("dqn_tbb_s5")
-    memory = script.S5(width=64, state_size=200)
+    memory = script.S5(width=64, state_size=200, dt_min=dt_min, dt_max=dt_max)
     eigenvalues, vectors = script.hippo_n(400)
     torch.testing.assert_close(memory.eigenvalues(), eigenvalues, rtol=1e-6, atol=0)
     steps = memory.log_step.double().exp()
-    assert steps.min() >= 1e-3 * (1 - 1e-6) and steps.max() <= 1e-1 * (1 + 1e-6)
-    quarters = torch.histc(memory.log_step.float(), 4, math.log(1e-3), math.log(1e-1))
+    assert steps.min() >= dt_min * (1 - 1e-6) and steps.max() <= dt_max * (1 + 1e-6)
+    quarters = torch.histc(memory.log_step.detach(), 4, math.log(dt_min), math.log(dt_max))
     assert (quarters > 30).all()  # of 50 each: uniform in the logarithm
     # B is V^-1 of a real Gaussian matrix of variance 1 / H: with the conjugate half, V B gives that matrix back
     b = torch.view_as_complex(memory.B.double()).permute(1, 0)
