@@ -284,7 +284,9 @@ class LinearAttention(nn.Module):
     def readout(self, read, skip):
         """The Markov state LN(MLP(X^T phi(q) / z . phi(q)) + skip), of X^T phi(q). [T, V + 1], [T, O] -> [T, O]"""
         weighted, weight = read.split((self.sizes[2], 1), dim=-1)
-        return self.norm(self.mlp(weighted * weight.reciprocal()) + skip)
+        return self.norm(
+            self.mlp(weighted * (weight + 1e-6).reciprocal()) + skip
+        )  # 1e-6 as in the authors' code: phi can be 0
 
     def attend(self, query, key, value, begins):
         """X^T phi(q) at every row, exactly, though X itself is computed between chunks only.
@@ -295,18 +297,18 @@ class LinearAttention(nn.Module):
         steps, spoilt = len(query), None
         row = torch.arange(steps, device=query.device)
         first = torch.where(begins, row, 0).cummax(0).values  # the row where each row's episode begins
-        finite = (query.detach().sum(1) + key.detach().sum(1) + value.detach().sum(1)).isfinite()
-        if not finite.all():  # a matrix product would spread nan over the chunk, as 0 * nan is nan: set it aside
-            count = (~finite).long().cumsum(0)
-            spoilt = count > (count - (~finite).long())[first]  # there was one in this episode
-            query, key, value = (torch.where(finite[:, None], e, 0) for e in (query, key, value))
+        sane = query.detach().sum(1) + key.detach().sum(1) + value.detach().abs().sum(1) < 1e12
+        if not sane.all():  # a matrix product would spread nan, inf and overflow to other episodes, as 0 * nan is nan
+            count = (~sane).long().cumsum(0)
+            spoilt = count > (count - (~sane).long())[first]  # there was one in this episode: nan from there on
+            query, key, value = (torch.where(sane[:, None], e, 0) for e in (query, key, value))
         if pad := -steps % self.chunk:
             query, key, value = (F.pad(e, (0, 0, 0, pad)) for e in (query, key, value))
             first = F.pad(first, (0, pad), value=steps)
         query, key, value = (e.unflatten(0, (-1, self.chunk)) for e in (query, key, value))  # [T / chunk, chunk, ...]
         first, row = first.view(-1, self.chunk), torch.arange(steps + pad, device=query.device).view(-1, self.chunk)
 
-        # all is finite here, so that a product can mask, three times as fast as a selection
+        # from here on a product with zero is zero, so that it can mask, three times as fast as a selection
         at_end = key * (row >= first[:, -1:])[:, :, None].float()  # what the chunk leaves to the episode at its end
         x, x_begins = at_end.mT @ value, first[:, -1] >= row[:, 0]
         if linear_scan is not None:

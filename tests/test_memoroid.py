@@ -186,7 +186,7 @@ def test_no_gradient_and_no_nan_across_a_begin(memory, scan):
     assert (grad[11:14].abs().sum(1) > 1e-6).all()
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e30])
 @pytest.mark.parametrize("rows", [[2], [50], [0], [99], [33, 69, 98], [63, 64]])
 def test_a_broken_observation_changes_nothing_in_other_episodes(memory, scan, rows, value):
     """Values and gradients there are, to the last bit, those of a tape with a sound observation in its place."""
