@@ -270,6 +270,8 @@ class LRU(nn.Module):
 
     def __init__(self, width, state_size, r_min, r_max):
         super().__init__()
+        if not 0 <= r_min <= r_max <= 1:
+            raise ValueError(f"--r-min, --r-max: expected 0 <= r_min <= r_max <= 1, got {r_min} and {r_max}; change them")
         radius = torch.empty(state_size).uniform_(r_min**2, r_max**2).clamp(1e-6, 1 - 1e-6) ** 0.5  # uniform on the ring
         self.norm = nn.LayerNorm(width)
         self.nu = nn.Parameter(torch.log(-torch.log(radius)))

@@ -276,6 +276,8 @@ class S5(nn.Module):
 
     def __init__(self, width, state_size, dt_min, dt_max):
         super().__init__()
+        if not 0 < dt_min <= dt_max:
+            raise ValueError(f"--dt-min, --dt-max: expected 0 < dt_min <= dt_max, got {dt_min} and {dt_max}; change them")
         eigenvalues, vectors = hippo_n(2 * state_size)
         self.norm = nn.LayerNorm(width)
         self.lambda_re = nn.Parameter(eigenvalues.real.float())  # of the system in continuous time, per unit of time
