@@ -73,7 +73,9 @@ def test_segments_equal_a_list_of_episodes_cut_up(sbb, capacity, lengths, segmen
 def test_sampling_is_uniform_over_segments(sbb):
     """Not over episodes: those of 1, 5 and 9 steps have 1, 3 and 5 segments of two."""
     buffer, kept = fill(sbb, 64, [1, 5, 9], 2)
-    found = read(buffer.sample(40_000, np.random.default_rng(0)), 2, 0, dict(kept))
+    rng = np.random.default_rng(0)
+    found = read(buffer.sample(40_000, rng), 2, 0, dict(kept))
+    assert found != read(buffer.sample(40_000, rng), 2, 0, dict(kept))  # drawn anew each time
     counts = np.array([found.count(segment) for segment in sorted(set(found))])
     assert len(counts) == 9 and abs(counts / counts.sum() - 1 / 9).max() < 0.01
 

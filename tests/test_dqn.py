@@ -1,5 +1,6 @@
-"""The script as its users run it: in a process of its own, from the shell, also killed, resumed, copied and misused."""
+"""The scripts as their users run them: in a process of their own, from the shell, also killed, resumed, copied and misused."""
 
+import functools
 import os
 import random
 import re
@@ -13,21 +14,34 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+import torch.nn.functional as F
+from conftest import ROOT, load_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-SCRIPT = ROOT / "single_files" / "dqn_tbb_ffm.py"
-SMALL = (
-    "--total-timesteps 1500 --learning-starts 400 --hidden-size 16 --trace-size 4 --batch-size 60 --eval-episodes 5".split()
-)
+SIZES = {
+    "ffm": "--trace-size 4",
+    "lru": "--state-size 4 --num-layers 2",
+    "s5": "--state-size 4 --num-layers 2",
+    "linattn": "--key-size 4 --value-size 4",
+}
+SCRIPTS = [f"dqn_{batching}_{memory}" for memory in SIZES for batching in ("tbb", "sbb")]
 COUNTING = "--env-id counting_env:Counting-v0 --num-envs 3".split()
 
 
-def start(folder, *flags, script=SCRIPT, path=ROOT / "tests"):
+def small(script):
+    """Flags of a run of a second or two; on RepeatFirstEasy the first episodes (51 steps, 16 environments) end at 816."""
+    flags = "--total-timesteps 1500 --learning-starts 400 --hidden-size 16 --batch-size 60 --eval-episodes 5 "
+    flags += SIZES[script.split("_")[-1]] + (" --segment-length 10" if "sbb" in script else "")
+    return flags.split()
+
+
+SMALL = small("dqn_tbb_ffm")
+
+
+def start(folder, *flags, script="dqn_tbb_ffm", path=ROOT / "tests"):
     env = {**os.environ, "PYTHONPATH": str(path), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, script, *flags], cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, ROOT / "single_files" / f"{script}.py", *flags]
+    return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def run(folder, *flags, **where):
@@ -37,8 +51,8 @@ def run(folder, *flags, **where):
     return out
 
 
-def fails(folder, *flags):
-    process = start(folder, *flags)
+def fails(folder, *flags, **where):
+    process = start(folder, *flags, **where)
     _, err = process.communicate()
     assert process.returncode != 0
     return err.strip().splitlines()[-1]
@@ -56,65 +70,91 @@ def scalars(folder):
 
 
 def weights(folder):
-    return torch.load(run_folder(folder) / "dqn_tbb_ffm.cleanrl_model", weights_only=True)["q_network"]
+    (found,) = run_folder(folder).glob("*.cleanrl_model")
+    return torch.load(found, weights_only=True)["q_network"]
 
 
-def test_a_run_logs_saves_and_evaluates(tmp_path):
-    out = run(tmp_path, *SMALL).splitlines()
-    assert "popgym-RepeatFirstEasy-v0" in out[0] and "random actions for 400 steps" in out[1]
+def resumable(script):
+    """Flags of a run whose checkpoints come every 13 iterations, the later ones with updates in between."""
+    return [*small(script), *"--total-timesteps 2000 --train-frequency 16 --checkpoint-interval 200".split()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """script -> (folder, output) of a finished run under its `resumable` flags, of which several tests read."""
+
+    @functools.cache
+    def of(script):
+        folder = tmp_path_factory.mktemp(script)
+        return folder, run(folder, *resumable(script), script=script).splitlines()
+
+    return of
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_logs_saves_and_evaluates(finished, script):
+    folder, out = finished(script)
+    assert out[0].startswith(f"{script}: popgym-RepeatFirstEasy-v0") and "random actions for 400 steps" in out[1]
     assert out[-1].startswith("evaluation: episodic_return=") and "(5 greedy episodes" in out[-1]
     assert any(line.startswith("global_step=") and "SPS=" in line for line in out)  # plain lines where there is no terminal
-    logged = scalars(tmp_path)
+    logged = scalars(folder)
     names = "charts/episodic_return charts/episodic_length losses/td_loss losses/q_values charts/epsilon charts/buffer_fill"
     assert set(names.split()) <= set(logged)
     assert len(logged["eval/episodic_return"]) == 5
     assert {value for _, value in logged["charts/episodic_length"]} == {51.0}
-    again = run(tmp_path, "--evaluate", run_folder(tmp_path), "--eval-episodes", "5")
+    again = run(folder, "--evaluate", run_folder(folder), "--eval-episodes", "5", script=script)
     assert again.splitlines()[-1] == out[-1]  # equal seed, equal episodes, equal weights
-    assert not list(tmp_path.glob("runs/*/*.partial"))
+    assert not list(folder.glob("runs/*/*.partial"))
 
 
-def test_equal_seeds_give_equal_runs(tmp_path):
-    logs = []
-    for i, seed in enumerate((1, 1, 2)):
-        folder = tmp_path / str(i)
-        folder.mkdir()
-        run(folder, *SMALL, "--seed", str(seed), "--train-frequency", "16")
-        logs.append((scalars(folder), weights(folder)))
-    assert logs[0][0] == logs[1][0] and logs[0][0]["losses/td_loss"]
-    assert all(torch.equal(logs[0][1][name], logs[1][1][name]) for name in logs[0][1])
-    assert logs[0][0]["losses/td_loss"] != logs[2][0]["losses/td_loss"]
+@pytest.mark.parametrize("script", ["dqn_sbb_lru"])  # that of other scripts is in test_a_killed_run_resumes_exactly
+def test_equal_seeds_give_equal_runs(finished, tmp_path, script):
+    folder, _ = finished(script)
+    run(tmp_path, *resumable(script), script=script)
+    assert scalars(folder) == scalars(tmp_path) and scalars(folder)["losses/td_loss"]
+    expected, got = weights(folder), weights(tmp_path)
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
 
 
-def kill_and_resume(tmp_path, kills, flags):
+def test_another_seed_gives_another_run(finished, tmp_path):
+    run(tmp_path, *resumable("dqn_tbb_ffm"), "--seed", "2")
+    assert scalars(finished("dqn_tbb_ffm")[0])["losses/td_loss"] != scalars(tmp_path)["losses/td_loss"]
+
+
+def kill_and_resume(whole, folder, flags, kills, script):
     """Kills a run at random moments, each some checkpoints after its start, and compares it with one that nobody killed."""
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    whole.mkdir(), killed.mkdir()
-    run(whole, *flags)
-    process, resumed = start(killed, *flags), 0
-    for _ in range(kills):
-        seen, wanted = set(), random.randint(2, 4)  # a resumed run's first checkpoint is the one that it resumed from
+    process, resumed = start(folder, *flags, script=script), 0
+    for low, high in kills:
+        seen, wanted = set(), random.randint(low, high)  # a resumed run's first checkpoint is the one that it resumed from
         while len(seen) < wanted and process.poll() is None:
-            seen |= {path.stat().st_mtime_ns for path in killed.glob("runs/*/checkpoint.pt")}
+            seen |= {path.stat().st_mtime_ns for path in folder.glob("runs/*/checkpoint.pt")}
             time.sleep(0.002)
-        time.sleep(random.uniform(0, 0.2))
+        time.sleep(random.uniform(0, 0.1))
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
             process.wait()
-            process, resumed = start(killed, "--resume", run_folder(killed)), resumed + 1
+            process, resumed = start(folder, "--resume", run_folder(folder), script=script), resumed + 1
     out, err = process.communicate()
     assert process.returncode == 0, err
     assert resumed > 0
-    expected, got = weights(whole), weights(killed)
+    expected, got = weights(whole), weights(folder)
     assert all(torch.equal(expected[name], got[name]) for name in expected)
     assert out.splitlines()[-1].startswith("evaluation")
-    whole_log, killed_log = scalars(whole), scalars(killed)
-    assert whole_log["losses/td_loss"] == killed_log["losses/td_loss"]  # nothing logged twice, nothing missing
-    return resumed
+    assert scalars(whole) == scalars(folder)  # nothing logged twice, nothing missing
 
 
-def test_a_killed_run_resumes_exactly(tmp_path):
-    kill_and_resume(tmp_path, 2, [*SMALL, "--total-timesteps", "4000", "--checkpoint-interval", "400"])
+@pytest.mark.parametrize(
+    "script, kills",
+    [  # after which of ten checkpoints, or nine; since the sixth there are updates
+        ("dqn_tbb_ffm", [(3, 5), (4, 6)]),
+        ("dqn_tbb_lru", [(6, 7)]),
+        ("dqn_tbb_linattn", [(6, 7)]),
+        ("dqn_sbb_ffm", [(6, 7)]),
+        ("dqn_sbb_s5", [(6, 7)]),
+    ],
+)
+def test_a_killed_run_resumes_exactly(finished, tmp_path, script, kills):
+    kill_and_resume(finished(script)[0], tmp_path, resumable(script), kills, script)
 
 
 @pytest.mark.slow
@@ -122,7 +162,10 @@ def test_a_killed_run_resumes_exactly(tmp_path):
 @pytest.mark.parametrize("env_id", ["popgym-RepeatFirstEasy-v0", "popgym-PositionOnlyCartPoleEasy-v0", "CartPole-v1"])
 def test_killed_at_random_moments(tmp_path, number, env_id):
     flags = "--total-timesteps 12000 --learning-starts 2000 --checkpoint-interval 1500 --eval-episodes 2".split()
-    kill_and_resume(tmp_path, 1, [*flags, "--env-id", env_id])
+    flags, whole, killed = [*flags, "--env-id", env_id], tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir(), killed.mkdir()
+    run(whole, *flags)
+    kill_and_resume(whole, killed, flags, [(2, 4)], "dqn_tbb_ffm")
 
 
 def test_the_tape_of_a_run_holds_what_happened(tmp_path):
@@ -156,34 +199,43 @@ def test_an_environment_that_cannot_be_saved_resumes_with_new_episodes(tmp_path)
     assert run(tmp_path, "--resume", run_folder(tmp_path)).splitlines()[-1].startswith("evaluation")
 
 
-def blocked(tmp_path):
-    """A folder where `import cleanrl_memoroid` fails, as where it is not installed."""
+def alone(tmp_path, script):
+    """A copy of the script, and the path under which `import cleanrl_memoroid` fails, as where it is not installed."""
     package = tmp_path / "path" / "cleanrl_memoroid"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise ImportError('not installed')")
-    return package.parent
+    (tmp_path / "my_agent.py").write_bytes((ROOT / "single_files" / f"{script}.py").read_bytes())
+    return {"script": tmp_path / "my_agent", "path": os.pathsep.join([str(package.parent), str(ROOT / "tests")])}
 
 
-def test_the_file_alone_runs(tmp_path):
-    copy = tmp_path / "my_agent.py"
-    copy.write_bytes(SCRIPT.read_bytes())
-    out = run(tmp_path, *SMALL, script=copy, path=blocked(tmp_path))
-    assert "evaluation: episodic_return=" in out and "this file's own scan" in out
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_file_alone_runs(tmp_path, script):
+    shorter = "--total-timesteps 60 --learning-starts 20 --eval-episodes 1".split()
+    out = run(tmp_path, *COUNTING, *small(script), *shorter, **alone(tmp_path, script))
+    assert "my_agent: counting_env" in out and "this file's own scan" in out and " 1 updates" in out
+    assert "evaluation: episodic_return=" in out
 
 
 @pytest.mark.slow
 def test_the_file_alone_learns(tmp_path):
-    copy = tmp_path / "my_agent.py"
-    copy.write_bytes(SCRIPT.read_bytes())
-    out = run(tmp_path, script=copy, path=blocked(tmp_path)).splitlines()[-1]
+    out = run(tmp_path, **alone(tmp_path, "dqn_tbb_ffm")).splitlines()[-1]
     assert float(out.split("episodic_return=")[1].split()[0]) >= 0.99, out
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2, 3])
-def test_a_task_that_needs_memory_is_learned(tmp_path, seed):
-    out = run(tmp_path, "--seed", str(seed)).splitlines()[-1]
-    assert float(out.split("episodic_return=")[1].split()[0]) >= 0.99, out
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        ("dqn_tbb_ffm", ""),
+        ("dqn_tbb_lru", ""),
+        ("dqn_tbb_s5", "--total-timesteps 120000 --train-frequency 16 --tau 0.02"),
+        ("dqn_tbb_linattn", ""),
+    ],
+)
+def test_a_task_that_needs_memory_is_learned(tmp_path, script, flags):
+    """The first run behind each page of docs/, as benchmark/ has it."""
+    out = run(tmp_path, "--seed", "1", *flags.split(), script=script).splitlines()[-1]
+    assert float(out.split("episodic_return=")[1].split()[0]) >= 0.95, out
 
 
 @pytest.mark.parametrize(
@@ -210,12 +262,51 @@ def test_errors_say_what_to_do(tmp_path, flags, message):
     assert re.search(message, last), last
 
 
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--segment-length 0", "ValueError: --segment-length: expected at least 1, got 0"),
+        ("--burn-in -1", "ValueError: --burn-in: expected at least 0, got -1"),
+    ],
+)
+def test_errors_about_segments(tmp_path, flags, message):
+    assert message in fails(tmp_path, *flags.split(), script="dqn_sbb_ffm")
+    assert not list(tmp_path.iterdir())  # before anything is written
+
+
 def test_an_image_environment_is_refused_before_training(ffm):
     image = gym.spaces.Box(0, 255, (84, 84, 3), np.uint8)
     with pytest.raises(ValueError, match="expected vector observations.*FlattenObservation"):
         ffm.check_spaces("X-v0", image, gym.spaces.Discrete(2))
     with pytest.raises(ValueError, match="expected a Discrete action space"):
         ffm.check_spaces("X-v0", gym.spaces.Box(0, 1, (2,)), gym.spaces.MultiDiscrete([2, 2]))
+
+
+@pytest.mark.parametrize("reduction", ["mean_of_huber", "huber_of_mean"])
+def test_the_first_loss_is_that_of_the_only_episode(tmp_path, reduction):
+    """One environment, an update after each step, no learning: the first tape holds the buffer's first episode, repeated."""
+    flags = "--num-envs 1 --train-frequency 1 --learning-starts 1 --learning-rate 0 --total-timesteps 20".split()
+    flags += ["--env-kwargs", '{"reward": 0.5}', "--checkpoint-interval", "10", "--loss-reduction", reduction]
+    run(tmp_path, *COUNTING, *SMALL, *flags)
+    checkpoint = torch.load(run_folder(tmp_path) / "checkpoint.pt", weights_only=False)
+    buffer, script = checkpoint["tape_buffer"], load_script("dqn_tbb_ffm")
+    envs = gym.vector.SyncVectorEnv([script.make_env("counting_env:Counting-v0", {})])
+    network = script.QNetwork(envs, script.Args(**checkpoint["args"]))
+    network.load_state_dict(checkpoint["q_network"])
+    rows = buffer["episode_rows"][0]
+    with torch.no_grad():
+        q = network(torch.from_numpy(buffer["obs"][:rows]), torch.arange(rows) == 0)
+    taken = q[:-1].gather(1, torch.from_numpy(buffer["actions"][: rows - 1, None])).squeeze(1)
+    bootstrap = 0.99 * q[1:].max(dim=1).values * ~torch.from_numpy(buffer["terminations"][: rows - 1])
+    error = torch.from_numpy(buffer["rewards"][: rows - 1]) + bootstrap - taken
+    assert error.abs().min() < 1 < error.abs().max()  # both pieces of the Huber loss
+    expected = {
+        "mean_of_huber": F.huber_loss(error, 0 * error),
+        "huber_of_mean": F.huber_loss(error.abs().mean(), torch.zeros(())),
+    }
+    assert abs(expected["mean_of_huber"] - expected["huber_of_mean"]) > 0.01
+    (_, first), *_ = scalars(tmp_path)["losses/td_loss"]
+    torch.testing.assert_close(first, expected[reduction].item(), rtol=1e-5, atol=1e-6)
 
 
 def test_a_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(tmp_path):
@@ -245,9 +336,10 @@ def test_every_popgym_environment_with_finite_actions_is_wrapped(ffm, env_id):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("env_id", [*popgym_ids(), "CartPole-v1", "Acrobot-v1", "FrozenLake-v1"])
-def test_every_environment_trains(tmp_path, env_id):
-    flags = "--total-timesteps 2000 --learning-starts 500 --eval-episodes 2 --learning-starts 200".split()
-    run(tmp_path, "--env-id", env_id, *flags)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_environment_trains(tmp_path, script, env_id):
+    flags = "--total-timesteps 2000 --learning-starts 200 --eval-episodes 2".split()
+    run(tmp_path, "--env-id", env_id, *small(script), *flags, script=script)
     assert all(np.isfinite(value) for _, value in scalars(tmp_path).get("losses/td_loss", []))
 
 
@@ -265,14 +357,15 @@ def test_evaluation_counts_episodes_evenly(ffm):
         observation_space, action_space = gym.spaces.Box(0, 1, (2,)), gym.spaces.Discrete(2)
 
         def __init__(self, length):
-            self.length = length
+            self.length, self.steps = length, 0
 
         def reset(self, *, seed=None, options=None):
             self.t = 0
             return np.zeros(2, np.float32), {}
 
         def step(self, action):
-            self.t += 1
+            self.t, self.steps = self.t + 1, self.steps + 1
+            assert self.steps <= 80, "every share is full after two episodes of 40 steps"
             return np.zeros(2, np.float32), 1.0, self.t == self.length, False, {}
 
     network = ffm.QNetwork(gym.vector.SyncVectorEnv([lambda: Fixed(1)]), ffm.Args(hidden_size=8, trace_size=2))
