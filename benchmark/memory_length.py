@@ -193,7 +193,7 @@ def measure_run(path, args, seeds):
 
 
 def label(row):
-    return row["script"] + (f", segments of {row['segment_length']}" if row["segment_length"] != "" else "")
+    return row["script"] + (f", segments of {row['segment_length']}" if row["segment_length"] != "" else ", tape")
 
 
 def picture(curves, summary, path):
