@@ -12,6 +12,7 @@ that differ stand in the column `flags`. Nothing is typed by hand.
 import argparse
 import csv
 import io
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -60,13 +61,20 @@ def flag_differences(found):
         groups[result["env_id"], result["env_kwargs"]].append((result, curve, args))
     for members in groups.values():
         names = dict.fromkeys(name for *_, args in members for name in args if name not in NOT_COMPARED)
-        differ = [name for name in names if len({str(args.get(name)) for *_, args in members}) > 1]
+        values = {name: {str(args[name]) for *_, args in members if name in args} for name in names}
+        both = len({"segment_length" in args for *_, args in members}) > 1  # tapes and segments
+        differ = [name for name in names if len(values[name]) > 1 or (name == "segment_length" and both)]
         for result, curve, args in members:
-            flags = [f"{name}={args[name]}" for name in differ if name in args]
-            if "segment_length" in differ and "segment_length" not in args:
-                flags.insert(0, "tape")
+            flags = [f"{name}={args[name]}" for name in differ if name in args and name != "segment_length"]
+            if "segment_length" in differ:
+                flags.insert(0, f"segment_length={args['segment_length']}" if "segment_length" in args else "tape")
             for row in (result, *curve):
                 row["flags"] = " ".join(flags)
+
+
+def natural(value):
+    """A key to sort texts by that takes numbers in them as numbers."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", str(value))]
 
 
 def write(path, text):
@@ -126,7 +134,10 @@ def picture(curves, path):
     import matplotlib.pyplot as plt
 
     environments = list(dict.fromkeys((row["env_id"], row["env_kwargs"]) for row in curves))
-    figure, axes = plt.subplots(1, len(environments), figsize=(5 * len(environments), 3), squeeze=False, layout="constrained")
+    width = 8 if any(row["flags"] for row in curves) else 5  # inches, with room for a legend
+    figure, axes = plt.subplots(
+        1, len(environments), figsize=(width * len(environments), 3), squeeze=False, layout="constrained"
+    )
     for axis, (env_id, env_kwargs) in zip(axes[0], environments):
         lines = defaultdict(list)
         for row in curves:
@@ -139,9 +150,9 @@ def picture(curves, path):
         if len(colors) > 1:
             for flags, color in colors.items():
                 axis.plot([], [], color=color, label=flags)
-            axis.legend(fontsize="x-small")
+            axis.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
         axis.set(
-            title=f"{env_id}{'' if env_kwargs == '{}' else ' ' + env_kwargs}, {len(seeds)} seeds",
+            title=f"{env_id}{'' if env_kwargs == '{}' else chr(10) + env_kwargs}, {len(seeds)} seeds",
             xlabel="thousand environment steps",
             ylabel="training return",
             ylim=(-1.05, 1.05),
@@ -180,7 +191,7 @@ if __name__ == "__main__":
             print(f"{folder.name}: not finished, left out")
     for name, found in names.items():
         flag_differences(found)
-        found.sort(key=lambda run: (run[0]["env_id"], run[0]["env_kwargs"], run[0]["flags"], int(run[0]["seed"])))
+        found.sort(key=lambda run: [natural(run[0][column]) for column in ("env_id", "env_kwargs", "flags", "seed")])
         write_rows(results / f"{name}.csv", [result for result, *_ in found])
         write_rows(results / f"{name}_curves.csv", [row for _, curve, _ in found for row in curve])
 
