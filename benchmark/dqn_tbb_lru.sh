@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
-previous="--env-id popgym-RepeatPreviousEasy-v0 --total-timesteps 16000 --gamma 0.5 --learning-starts 2000 --batch-size 200
+previous="--env-id popgym-RepeatPreviousEasy-v0 --total-timesteps 14000 --gamma 0.5 --learning-starts 1000 --batch-size 200
     --tau 0.1 --no-anneal-lr"
 paper='{"k":10,"num_decks":2}' # what Morad et al. (2024) call RepeatPreviousEasy; as registered it has k = 4 and one deck
 

@@ -130,7 +130,8 @@ def test_state_dict_is_exact(sbb):
     buffer, _ = fill(sbb, 20, [3] * 9, 2, 1)
     other = sbb.SegmentBuffer(20, 2, 2, 1)
     other.load_state_dict(buffer.state_dict())
-    for b in (buffer, other):
-        b.add(*episode(20, 5))
-    ours, theirs = (b.sample(30, np.random.default_rng(1)) for b in (buffer, other))
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
+    for _ in range(2):  # as it was, then as it goes on
+        ours, theirs = (b.sample(100, np.random.default_rng(1)) for b in (buffer, other))
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
+        for b in (buffer, other):
+            b.add(*episode(20, 5))
