@@ -51,6 +51,7 @@ def read_run(folder):
         for i in range(1, BINS + 1)
         if (which == i).any()
     ]
+    result["steps_to_half"] = next((row["global_step"] for row in curve if float(row["episodic_return"]) >= 0.5), "")
     return result, curve, args
 
 
@@ -105,7 +106,7 @@ def markdown(rows, columns):
 
 
 def run_table(rows):
-    """One row per environment and set of flags, every seed's return listed."""
+    """One row per environment and set of flags; every seed's return, and when its mean training return first was 0.5."""
     groups = defaultdict(list)
     for row in rows:
         groups[row["env_id"], row["env_kwargs"], row["flags"], row["total_timesteps"]].append(row)
@@ -120,6 +121,9 @@ def run_table(rows):
                 "steps": f"{int(steps):,}",
                 "greedy return, mean ± sd": f"{returns.mean():.3f} ± {returns.std():.3f}",
                 "each seed": ", ".join(f"{r:.3f}" for r in returns),
+                "trains at 0.5 from (thousand steps)": ", ".join(
+                    f"{int(m['steps_to_half']) / 1000:.3g}" if m["steps_to_half"] else "never" for m in members
+                ),
                 "seconds per run": f"{min(seconds):.0f} to {max(seconds):.0f}",
             }
         )
