@@ -207,4 +207,4 @@ def write_csv(name, where, rows, args):
             writer.writerow({key: "" if v == "nan" else v for key, v in texts.items()})
     os.replace(partial, path)
     shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-    print(f"\nwritten to {shown}")
+    print(f"written to {shown}")

@@ -50,7 +50,7 @@ FASTER = {"ffm": (2, 2.7), "lru": (3.3, 3.5), "s5": (3.3, None), "linattn": (1.5
 def parse_args():
     out = parser(__doc__.split("\n")[0])
     out.add_argument("--rows", type=int, nargs="+", default=[1000, 10_000], help="transitions on the tape")
-    scripts = sorted(path.stem for path in (ROOT / "single_files").glob("dqn_*.py"))
+    scripts = sorted((path.stem for path in (ROOT / "single_files").glob("dqn_*.py")), key=lambda name: "_sbb_" in name)
     out.add_argument("--only", nargs="+", default=scripts, choices=scripts, metavar="SCRIPT", help="scripts to time")
     out.add_argument("--segment-length", type=int, nargs="+", default=[10, 100], help="for the dqn_sbb scripts (transitions)")
     out.add_argument("--paper", help="clone of the paper's repository: time its updates too (needs jax)")
@@ -273,6 +273,7 @@ if __name__ == "__main__":
             for segment_length in args.segment_length if "_sbb_" in name else (None,):
                 found, wanted = time_script(name, length, segment_length, args)
                 rows, bars = rows + found, bars + wanted
+                write_csv("update", where, rows, args)  # minutes of work: a run cut short leaves what it has
     if "dqn_tbb_linattn" in args.only:
         for steps in (1024, 4096):
             found, wanted = time_attention(args, importlib.util.find_spec("jax") is not None, steps)
