@@ -205,8 +205,14 @@ if __name__ == "__main__":
         if not args.no_pictures:
             picture(read_rows(path)[0], results / f"{name}.png")
         tables[name] = run_table(read_rows(results / f"{name}.csv")[0])
-    for name in ("scan", "update", "collect", "scan_cuda", "memory_length_summary"):
+    for name in ("scan", "update", "update_scan", "collect", "scan_cuda", "memory_length_summary"):
         if (path := results / f"{name}.csv").exists():
             rows, where = read_rows(path)
+            if name == "update":  # every part of the parent's update, and of all others the whole and the parts that differ
+                most = [
+                    row for row in rows if row["script"] != "dqn_tbb_ffm" and row["what"] in ("update", "scan", "jax paper")
+                ]
+                tables["update_all"] = f"{where}\n\n{markdown(most, list(rows[0]))}" if most else where
+                rows = [row for row in rows if row["script"] == "dqn_tbb_ffm"]
             tables[name] = f"{where}\n\n{markdown(rows, list(rows[0]))}"
     fill(args.root, tables)

@@ -14,8 +14,9 @@ rest              what the parts leave of the update: elementwise work, losses, 
 sampling          drawing the tape from a full buffer, which is no part of the update
 `waste` is the share of the rows that carry no loss: padding, and the rows of final observations.
 
-Then, for linear attention at 64 x 64, attention alone against the paper's operator; and for tape against segments, a scan of
-T rows against one of L rows of T / L segments side by side, whose tree is log L deep instead of log T.
+Then, into benchmark/results/update_scan.csv: for linear attention at 64 x 64, attention alone against the paper's operator; and
+for tape against segments, a scan of T rows against one of L rows of T / L segments side by side, whose tree is log L deep
+instead of log T. `--rows` without a number times only these.
 """
 
 import importlib.util
@@ -49,8 +50,8 @@ FASTER = {"ffm": (2, 2.7), "lru": (3.3, 3.5), "s5": (3.3, None), "linattn": (1.5
 
 def parse_args():
     out = parser(__doc__.split("\n")[0])
-    out.add_argument("--rows", type=int, nargs="+", default=[1000, 10_000], help="transitions on the tape")
-    scripts = sorted((path.stem for path in (ROOT / "single_files").glob("dqn_*.py")), key=lambda name: "_sbb_" in name)
+    out.add_argument("--rows", type=int, nargs="*", default=[1000, 10_000], help="transitions on the tape; none: scans only")
+    scripts = sorted((path.stem for path in (ROOT / "single_files").glob("dqn_*.py")), key=lambda n: ("_sbb_" in n, n))
     out.add_argument("--only", nargs="+", default=scripts, choices=scripts, metavar="SCRIPT", help="scripts to time")
     out.add_argument("--segment-length", type=int, nargs="+", default=[10, 100], help="for the dqn_sbb scripts (transitions)")
     out.add_argument("--paper", help="clone of the paper's repository: time its updates too (needs jax)")
@@ -274,10 +275,9 @@ if __name__ == "__main__":
                 found, wanted = time_script(name, length, segment_length, args)
                 rows, bars = rows + found, bars + wanted
                 write_csv("update", where, rows, args)  # minutes of work: a run cut short leaves what it has
-    if "dqn_tbb_linattn" in args.only:
-        for steps in (1024, 4096):
-            found, wanted = time_attention(args, importlib.util.find_spec("jax") is not None, steps)
-            rows, bars = rows + found, bars + wanted
-        rows += time_depth(args)
+    scans = []
+    for steps in (1024, 4096):
+        found, wanted = time_attention(args, importlib.util.find_spec("jax") is not None, steps)
+        scans, bars = scans + found, bars + wanted
+    write_csv("update_scan", where, scans + time_depth(args), args)
     print_bars(bars)
-    write_csv("update", where, rows, args)
