@@ -14,7 +14,7 @@ rest              what the parts leave of the update: elementwise work, losses, 
 sampling          drawing the tape from a full buffer, which is no part of the update
 `waste` is the share of the rows that carry no loss: padding, and the rows of final observations.
 
-Then, into benchmark/results/update_scan.csv: for linear attention at 64 x 64, attention alone against the paper's operator; and
+Then, into benchmark/results/update_scan.csv: for linear attention at 64 x 64, attention alone against the paper's scan; and
 for tape against segments, a scan of T rows against one of L rows of T / L segments side by side, whose tree is log L deep
 instead of log T. `--rows` without a number times only these.
 """
