@@ -297,15 +297,17 @@ class FFM(nn.Module):
         z = self.mix(torch.view_as_real(x).flatten(1))  # W_mix [Re X; Im X] as one real matrix product
         return torch.lerp(skip, self.norm(z), torch.sigmoid(output_gate))
 
+    def scan(self, x, begins):
+        """TBB: the memory after every step of a tape. [T, C, M] c64, [T] -> [T, C, M] c64"""
+        if linear_scan is not None:
+            return linear_scan(self.decay(), x, begins)
+        identity = tuple(e.to(x.device) for e in self.identity)
+        return blelloch_scan(resettable(self.operator, identity), (x, torch.ones(len(x), device=x.device), begins))[0]
+
     def forward(self, obs, begins):
         """TBB: a whole tape at once. [T, H], [T] -> [T, O]"""
         x, gated = self.lift(obs)
-        if linear_scan is not None:
-            x = linear_scan(self.decay(), x, begins)
-        else:
-            identity = tuple(e.to(x.device) for e in self.identity)
-            x, *_ = blelloch_scan(resettable(self.operator, identity), (x, torch.ones(len(x), device=x.device), begins))
-        return self.readout(x, gated)
+        return self.readout(self.scan(x, begins), gated)
 
     def step(self, obs, begins, recurrent_state):
         """TBB: one step of N environments, each from its own state. [N, H], [N], [N, C, M] -> [N, O], [N, C, M]"""

@@ -305,16 +305,18 @@ class LRU(nn.Module):
         y = torch.addcmul(F.linear(torch.view_as_real(x).flatten(1), self.C), self.D, normed)
         return skip + F.glu(self.gate(F.gelu(y)), dim=-1)
 
+    def scan(self, x, begins):
+        """TBB: the memory after every step of a tape. [T, P] c64, [T] -> [T, P] c64"""
+        if linear_scan is not None:
+            return linear_scan(self.decay(), x, begins)
+        identity = tuple(e.to(x.device) for e in self.identity)
+        decay = self.decay().to(x.dtype).expand_as(x)
+        return blelloch_scan(resettable(self.operator, identity), (decay, x, begins))[1]
+
     def forward(self, obs, begins):
         """TBB: a whole tape at once. [T, H], [T] -> [T, H]"""
         x, gated = self.lift(obs)
-        if linear_scan is not None:
-            x = linear_scan(self.decay(), x, begins)
-        else:
-            identity = tuple(e.to(x.device) for e in self.identity)
-            decay = self.decay().to(x.dtype).expand_as(x)
-            _, x, _ = blelloch_scan(resettable(self.operator, identity), (decay, x, begins))
-        return self.readout(x, gated)
+        return self.readout(self.scan(x, begins), gated)
 
     def step(self, obs, begins, recurrent_state):
         """TBB: one step of N environments, each from its own state. [N, H], [N], [N, P] -> [N, H], [N, P]"""

@@ -337,13 +337,7 @@ class S5(nn.Module):
     def forward(self, obs, begins):
         """TBB: a whole tape at once. [T, H], [T] -> [T, H]"""
         x, gated = self.lift(obs)
-        if linear_scan is not None:
-            x = linear_scan(self.decay(), x, begins)
-        else:
-            identity = tuple(e.to(x.device) for e in self.identity)
-            decay = self.decay().to(x.dtype).expand_as(x)
-            _, x, _ = blelloch_scan(resettable(self.operator, identity), (decay, x, begins))
-        return self.readout(x, gated)
+        return self.readout(self.scan(x, begins), gated)
 
     # Copied from single_files/dqn_tbb_lru.py:LRU.step
     def step(self, obs, begins, recurrent_state):
