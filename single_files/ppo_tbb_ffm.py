@@ -30,7 +30,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.optim as optim
 import tyro
-from torch.distributions import Categorical, Independent
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -119,7 +118,7 @@ class Args:
 
     # Memory specific arguments
     max_prefix: int = 4096
-    """TBB: earlier rows of a running episode on the tape, at most; beyond, its recurrent state is carried, not learned (rows)"""
+    """TBB: earlier rows of a running episode that are on the tape, at most; of what lies before, only its state is (rows)"""
     hidden_size: int = 128
     """width H of every layer (units)"""
     trace_size: int = 32
@@ -208,7 +207,7 @@ def tune_cpu():
     return tuple(effective)
 
 
-def layer_init(layer, std=np.sqrt(2), bias_const=0.0):
+def layer_init(layer, std=2**0.5, bias_const=0.0):
     torch.nn.init.orthogonal_(layer.weight, std)
     torch.nn.init.constant_(layer.bias, bias_const)
     return layer
@@ -258,7 +257,7 @@ def blelloch_scan(operator, elems):
     return tuple(torch.stack(rows, 1).flatten(0, 1)[:steps] for rows in zip(even, odd))
 
 
-class Tape(NamedTuple):
+class Sections(NamedTuple):
     """TBB: the last rollout of some environments, one section after the other, each from its running episode's first row on.
 
     section        environment 0                            | environment 3
@@ -280,7 +279,7 @@ class Tape(NamedTuple):
 
 
 class CarriedTape:
-    """TBB: for every environment the rows of its running episode, which grow from rollout to rollout until the episode ends."""
+    """TBB: the rows of every environment's running episode; they grow from rollout to rollout until the episode ends."""
 
     def __init__(self, num_envs, obs_size, recurrent_state):
         self.obs = [np.zeros((0, obs_size), np.float32)] * num_envs  # [rows, O] each
@@ -292,17 +291,19 @@ class CarriedTape:
         self.obs = [np.concatenate([rows, obs[:, i]]) for i, rows in enumerate(self.obs)]
         self.begins = [np.concatenate([rows, begins[:, i]]) for i, rows in enumerate(self.begins)]
 
-    def sections(self, envs, num_steps, device="cpu"):
-        """The tape of environments `envs` [E], whose last `num_steps` rows carry a loss."""
-        rows = np.array([len(self.obs[i]) for i in envs])
+    def sections(self, envs, num_steps, upto=None):
+        """The tape of environments `envs` [E], whose last `num_steps` rows carry a loss; on request of their rows [:upto]."""
+        all_obs, all_begins = [self.obs[i][:upto] for i in envs], [self.begins[i][:upto] for i in envs]
+        rows = np.array([len(begins) for begins in all_begins])
         # lone rows, episodes of one step, round the length up: oneDNN takes 10 ms to get ready for a new length
         pad = -rows.sum() % 64
         ends = pad + np.cumsum(rows)
-        obs = np.concatenate([np.zeros((pad, self.obs[0].shape[1]), np.float32), *(self.obs[i] for i in envs)])
-        begins = np.concatenate([np.ones(pad, bool), *(self.begins[i] for i in envs)])
-        transitions = (ends[:, None] + np.arange(-num_steps, 0)).reshape(-1)
-        obs, begins, starts, transitions = (torch.from_numpy(v).to(device) for v in (obs, begins, ends - rows, transitions))
-        return Tape(obs, begins, starts, self.state[torch.as_tensor(envs, device=device)], transitions)
+        obs = np.concatenate([np.zeros((pad, self.obs[0].shape[1]), np.float32), *all_obs])
+        begins = np.concatenate([np.ones(pad, bool), *all_begins])
+        transitions = (ends[:, None] + np.arange(-num_steps, 0)).flatten()
+        arrays = obs, begins, ends - rows, np.asarray(envs), transitions
+        obs, begins, starts, envs, transitions = (torch.from_numpy(v).to(self.state.device) for v in arrays)
+        return Sections(obs, begins, starts, self.state[envs], transitions)
 
     @torch.no_grad()
     def carry(self, next_begins, recurrent_state, max_prefix, agent):
@@ -318,24 +319,21 @@ class CarriedTape:
             self.state = recurrent_state
             return recurrent_state
         long = [i for i, begins in enumerate(self.begins) if len(begins) > max_prefix]
-        if long:  # the state at the cut, from what is cut off
-            kept = {i: (self.obs[i][-max_prefix:], self.begins[i][-max_prefix:]) for i in long}
-            for i in long:
-                self.obs[i], self.begins[i] = self.obs[i][:-max_prefix], self.begins[i][:-max_prefix]
-            self.state[long] = agent(self.sections(long, 0, self.state.device))[2]
-            for i in long:
-                self.obs[i], self.begins[i] = kept[i]
+        if long:  # the state at the cut comes from the rows before it
+            self.state[long] = agent(self.sections(long, 0, upto=-max_prefix))[2]
+        for i in long:
+            self.obs[i], self.begins[i] = self.obs[i][-max_prefix:], self.begins[i][-max_prefix:]
         running = [i for i, begins in enumerate(self.begins) if len(begins)]
         if running:
             recurrent_state = recurrent_state.clone()
-            recurrent_state[running] = agent(self.sections(running, 0, self.state.device))[2]
+            recurrent_state[running] = agent(self.sections(running, 0))[2]
         return recurrent_state
 
 
 def enter(x, decay, begins, starts, state):
     """TBB: sections go on from their `state`: the first row adds it, faded by a step, to what it adds to the memory itself.
 
-    x [T, ...], decay [...], begins [T], starts [E], state [E, ...] -> x [T, ...], begins [T] for a scan of all sections at once
+    x [T, ...], decay [...], begins [T], starts [E], state [E, ...] -> x [T, ...], begins [T] for one scan of all sections
     """
     fresh = begins[starts]
     if not fresh.all():
@@ -397,7 +395,7 @@ class FFM(nn.Module):
         return blelloch_scan(resettable(self.operator, identity), (x, torch.ones(len(x), device=x.device), begins))[0]
 
     def forward(self, obs, begins, starts, state):
-        """TBB: all sections of a tape at once, and the state after each. [T, H], [T], [E], [E, C, M] -> [T, O], [E, C, M]"""
+        """TBB: all sections of a tape at once, and the state after each. [T, H], [T], [E], [E, ...] -> [T, O], [E, ...]"""
         x, gated = self.lift(obs)
         x = self.scan(*enter(x, self.decay(), begins, starts, state))
         return self.readout(x, gated), x[F.pad(starts[1:], (0, 1), value=len(x)) - 1]
@@ -436,7 +434,8 @@ class Agent(nn.Module):
         """The distribution of an action's D parts. [B, sum of choices] -> over [B, D]"""
         most = max(self.nvec)
         parts = [F.pad(part, (0, most - part.shape[-1]), value=-torch.inf) for part in logits.split(self.nvec, dim=-1)]
-        return Independent(Categorical(logits=torch.stack(parts, -2), validate_args=False), 1, validate_args=False)
+        choices = torch.distributions.Categorical(logits=torch.stack(parts, -2), validate_args=False)
+        return torch.distributions.Independent(choices, 1, validate_args=False)
 
     def heads(self, markov_state):
         hidden = self.network(markov_state)
@@ -456,10 +455,9 @@ class Agent(nn.Module):
 def gae(rewards, values, next_values, ends, gamma, gae_lambda):
     """Generalised advantage estimation, A[t] = delta[t] + gamma lambda A[t+1], where delta = r + gamma V(s') - V(s).
 
-    TBB: a reverse scan over all episodes at once. rewards, values, next_values [T], ends [T] bool: is row t the last one of its
-    episode, or of its environment in this rollout? next_values is 0 where an episode has terminated, and otherwise the
-    value of the state that followed, the final one of a truncated episode included. Returns: [T].
-    Source: Schulman et al. (2016), eq. 16.
+    TBB: a reverse scan over all episodes at once. rewards, values, next_values [T] -> advantages [T]; ends [T] bool: is row t
+    the last one of its episode, or of its environment in this rollout? next_values is 0 where an episode has terminated,
+    else the value of the state that followed, the final one of a truncated episode included. Schulman et al. (2016), eq. 16.
     """
     delta = rewards + gamma * next_values - values
     if linear_scan is not None:
@@ -545,7 +543,9 @@ if __name__ == "__main__":
         raise ValueError(f"--num-minibatches {args.num_minibatches}: expected a divisor of {args.num_envs} envs; {remedy}")
     args.batch_size = args.num_envs * args.num_steps
     args.minibatch_size = args.batch_size // args.num_minibatches
-    args.num_iterations = -(-args.total_timesteps // args.batch_size)
+    args.num_iterations = args.total_timesteps // args.batch_size
+    if args.num_iterations == 0:
+        raise ValueError(f"--total-timesteps {args.total_timesteps}: expected one rollout at least, {args.batch_size} steps")
     if args.cuda and not torch.cuda.is_available():
         raise ValueError("--cuda: expected a CUDA device, PyTorch finds none; drop the flag to train on the CPU")
     run_name = checkpoint["run_name"] if checkpoint else f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
@@ -709,9 +709,9 @@ if __name__ == "__main__":
 
         # Optimizing the policy and value network
         clipfracs, logprob_error = [], None
-        for epoch in range(args.update_epochs):
+        for _ in range(args.update_epochs):
             for mb_envs in rng.permutation(args.num_envs).reshape(args.num_minibatches, -1):
-                tape = carried_tape.sections(mb_envs, args.num_steps, device)
+                tape = carried_tape.sections(mb_envs, args.num_steps)
                 mb_inds = torch.from_numpy((mb_envs[:, None] * args.num_steps + np.arange(args.num_steps)).flatten())
                 mb_inds = mb_inds.to(device)
 
@@ -788,7 +788,7 @@ if __name__ == "__main__":
             mean_return = np.mean(recent_returns or [np.nan])
             status = {"episodic_return": f"{mean_return:.3f}", "entropy": f"{entropy_loss.item():.3f}", "SPS": sps}
             bar.set_postfix(status, refresh=False)
-            bar.update(min(global_step, args.total_timesteps) - bar.n)
+            bar.update(global_step - bar.n)
             if bar.disable:
                 print(f"global_step={global_step}", *(f"{key}={value}" for key, value in status.items()), flush=True)
     bar.close()
