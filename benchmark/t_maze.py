@@ -18,10 +18,10 @@ class TMaze(gym.Env):
     observation_space = gym.spaces.Box(0, 1, (4,), np.float32)
     action_space = gym.spaces.Discrete(2)  # at the junction: down, up
 
-    def __init__(self, length=200):
+    def __init__(self, length=200, render_mode=None):
         if length < 1:
-            raise ValueError(f"length: expected at least 1 step from the cue to the junction, got {length}; use a longer corridor")
-        self.length = length
+            raise ValueError(f"length: expected at least 1 step from the cue to the junction, got {length}; make it longer")
+        self.length, self.render_mode = length, render_mode  # nothing is rendered
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)

@@ -333,6 +333,15 @@ class S5(nn.Module):
         y = torch.addcmul(F.linear(torch.view_as_real(x).flatten(1), 2 * self.C), self.D, normed)
         return skip + F.glu(self.gate(F.gelu(y)), dim=-1)
 
+    # Copied from single_files/dqn_tbb_lru.py:LRU.scan
+    def scan(self, x, begins):
+        """TBB: the memory after every step of a tape. [T, P] c64, [T] -> [T, P] c64"""
+        if linear_scan is not None:
+            return linear_scan(self.decay(), x, begins)
+        identity = tuple(e.to(x.device) for e in self.identity)
+        decay = self.decay().to(x.dtype).expand_as(x)
+        return blelloch_scan(resettable(self.operator, identity), (decay, x, begins))[1]
+
     # Copied from single_files/dqn_tbb_lru.py:LRU.forward
     def forward(self, obs, begins):
         """TBB: a whole tape at once. [T, H], [T] -> [T, H]"""

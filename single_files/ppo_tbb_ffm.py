@@ -165,7 +165,7 @@ def parse_env_kwargs(text):
         raise ValueError(f"--env-kwargs: expected a JSON object such as '{{\"k\": 10}}', got {text!r}; mind quotes") from None
 
 
-def check_agent_spaces(env_id, observation_space, action_space):
+def check_spaces(env_id, observation_space, action_space):
     """Raises ValueError where this file cannot train, with what can."""
     if not isinstance(action_space, (gym.spaces.Discrete, gym.spaces.MultiDiscrete)):
         remedy = "use ppo_tbb_lru_continuous_action.py for continuous actions, or a gymnasium.ActionWrapper"
@@ -471,7 +471,7 @@ def gae(rewards, values, next_values, ends, gamma, gae_lambda):
     return blelloch_scan(resettable(operator, (delta.new_ones(()), delta.new_zeros(()))), elems)[1].flip(0)
 
 
-def evaluate_agent(agent, env_fns, episodes, seeds, device):
+def evaluate(agent, env_fns, episodes, seeds, device):
     """Returns of greedy episodes [episodes]. Each environment has its share: short episodes are not counted more often."""
     envs = gym.vector.SyncVectorEnv(env_fns[:episodes], autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
     share = [len(range(i, episodes, envs.num_envs)) for i in range(envs.num_envs)]
@@ -569,13 +569,13 @@ if __name__ == "__main__":
         if "rgb_array" not in envs.metadata.get("render_modes", ()):
             raise ValueError(f"--capture-video: expected an environment that renders, {args.env_id} does not; drop the flag")
         import moviepy  # noqa: F401  RecordVideo needs it: better to fail here than after training
-    check_agent_spaces(args.env_id, envs.single_observation_space, envs.single_action_space)
+    check_spaces(args.env_id, envs.single_observation_space, envs.single_action_space)
     env_seeds, eval_seeds = rng.integers(2**31, size=(2, args.num_envs)).tolist()
 
     agent = Agent(envs, args).to(device)
     if trained:
         agent.load_state_dict(trained["agent"])
-        evaluate_agent(agent, eval_fns, args.eval_episodes, eval_seeds, device)
+        evaluate(agent, eval_fns, args.eval_episodes, eval_seeds, device)
         sys.exit()
     optimizer = optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
 
@@ -799,7 +799,7 @@ if __name__ == "__main__":
         save(model_path, {"agent": agent.state_dict(), "args": asdict(args)})
         print(f"model saved to {model_path}")
     if args.eval_episodes:
-        for idx, episodic_return in enumerate(evaluate_agent(agent, eval_fns, args.eval_episodes, eval_seeds, device)):
+        for idx, episodic_return in enumerate(evaluate(agent, eval_fns, args.eval_episodes, eval_seeds, device)):
             writer.add_scalar("eval/episodic_return", episodic_return, idx)
 
     envs.close()

@@ -1,6 +1,5 @@
 # docs: docs/ppo.md
-# Variant of single_files/ppo_tbb_lru.py. Changed: Args.env_id, Args.total_timesteps, Args.ent_coef, make_env,
-#   check_agent_spaces, Agent.__init__, Agent.policy
+# Variant of single_files/ppo_tbb_lru.py. Changed: Args.env_id, make_env, check_spaces, Agent.__init__, Agent.policy
 # Memory and tape: Morad et al. (2024), "Recurrent Reinforcement Learning with Memoroids", https://arxiv.org/abs/2402.09900
 # LRU: Orvieto et al. (2023), "Resurrecting Recurrent Neural Networks for Long Sequences", https://arxiv.org/abs/2303.06349
 """PPO for continuous actions with Linear Recurrent Units (LRU), on a tape that carries running episodes on.
@@ -171,7 +170,7 @@ def parse_env_kwargs(text):
         raise ValueError(f"--env-kwargs: expected a JSON object such as '{{\"k\": 10}}', got {text!r}; mind quotes") from None
 
 
-def check_agent_spaces(env_id, observation_space, action_space):
+def check_spaces(env_id, observation_space, action_space):
     """Raises ValueError where this file cannot train, with what can."""
     if not isinstance(action_space, gym.spaces.Box):
         remedy = "use ppo_tbb_lru.py for finite choices, or a gymnasium.ActionWrapper"
@@ -518,8 +517,8 @@ def gae(rewards, values, next_values, ends, gamma, gae_lambda):
     return blelloch_scan(resettable(operator, (delta.new_ones(()), delta.new_zeros(()))), elems)[1].flip(0)
 
 
-# Copied from single_files/ppo_tbb_ffm.py:evaluate_agent
-def evaluate_agent(agent, env_fns, episodes, seeds, device):
+# Copied from single_files/ppo_tbb_ffm.py:evaluate
+def evaluate(agent, env_fns, episodes, seeds, device):
     """Returns of greedy episodes [episodes]. Each environment has its share: short episodes are not counted more often."""
     envs = gym.vector.SyncVectorEnv(env_fns[:episodes], autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
     share = [len(range(i, episodes, envs.num_envs)) for i in range(envs.num_envs)]
@@ -618,13 +617,13 @@ if __name__ == "__main__":
         if "rgb_array" not in envs.metadata.get("render_modes", ()):
             raise ValueError(f"--capture-video: expected an environment that renders, {args.env_id} does not; drop the flag")
         import moviepy  # noqa: F401  RecordVideo needs it: better to fail here than after training
-    check_agent_spaces(args.env_id, envs.single_observation_space, envs.single_action_space)
+    check_spaces(args.env_id, envs.single_observation_space, envs.single_action_space)
     env_seeds, eval_seeds = rng.integers(2**31, size=(2, args.num_envs)).tolist()
 
     agent = Agent(envs, args).to(device)
     if trained:
         agent.load_state_dict(trained["agent"])
-        evaluate_agent(agent, eval_fns, args.eval_episodes, eval_seeds, device)
+        evaluate(agent, eval_fns, args.eval_episodes, eval_seeds, device)
         sys.exit()
     optimizer = optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
 
@@ -848,7 +847,7 @@ if __name__ == "__main__":
         save(model_path, {"agent": agent.state_dict(), "args": asdict(args)})
         print(f"model saved to {model_path}")
     if args.eval_episodes:
-        for idx, episodic_return in enumerate(evaluate_agent(agent, eval_fns, args.eval_episodes, eval_seeds, device)):
+        for idx, episodic_return in enumerate(evaluate(agent, eval_fns, args.eval_episodes, eval_seeds, device)):
             writer.add_scalar("eval/episodic_return", episodic_return, idx)
 
     envs.close()

@@ -1,6 +1,7 @@
 """check_copies.py on this repository and, with planted mistakes, on a made-up one; no block is repeated without a marker."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import check_copies
 
 ROOT = Path(__file__).resolve().parents[1]
-OWN = ("Args", "make_env", "QNetwork", "Agent")  # what every script has under one name in a version of its own
+OWN = ("Args", "make_env", "check_spaces", "QNetwork", "Agent")  # what scripts have under one name in versions of their own
 
 SOURCE = '''"""A source."""
 import functools
@@ -280,16 +281,26 @@ def unmarked_twice(root):
     """Top-level names of single_files/ that have a body without a marker in several files: {name: files}.
 
     A class is marked by one marker above it, or by one above each of its methods, where it puts several sources together.
+    Two algorithms (dqn_*, ppo_*) may each have a version under one name, but not the same one twice.
     """
     found = {}
     for path, file in check_copies.load(root).items():
         marked = {block.first for _, _, block in file.copies}
+        algorithm = re.match("(dqn_|ppo_)?", Path(path).name)[0]
         for name, blocks in file.blocks.items():
-            methods = [b.first for method, blocks_ in file.blocks.items() if method.startswith(f"{name}.") for b in blocks_]
-            whole = any(b.first not in marked for b in blocks) and not (methods and marked.issuperset(methods))
+            methods = [b for method, blocks_ in file.blocks.items() if method.startswith(f"{name}.") for b in blocks_]
+            own = [b for b in methods or blocks if b.first not in marked]
+            whole = any(b.first not in marked for b in blocks) and own
             if path.startswith("single_files/") and name.isidentifier() and whole:
-                found.setdefault(name, []).append(path)
-    return {name: paths for name, paths in found.items() if len(paths) > 1 and name not in OWN}
+                texts = {"".join(file.lines[b.first : b.end]) for b in own}
+                found.setdefault(name, []).append((path, algorithm, texts))
+    twice = {}
+    for name, places in found.items():
+        for path, algorithm, texts in places:
+            others = [other for other in places if other[0] != path]
+            if name not in OWN and any(algorithm == other[1] or texts & other[2] for other in others):
+                twice.setdefault(name, []).append(path)
+    return twice
 
 
 def test_no_block_is_repeated_without_a_marker():
@@ -317,3 +328,11 @@ def test_a_repeated_name_is_found(repository, text, repeated):
     root = repository({"single_files/source.py": SOURCE + own, "single_files/variant.py": text, **elsewhere})
     assert sorted(unmarked_twice(root)) == repeated
     assert all(paths == ["single_files/source.py", "single_files/variant.py"] for paths in unmarked_twice(root).values())
+
+
+def test_two_algorithms_may_differ_under_one_name_but_not_repeat_it(repository):
+    other = SOURCE.replace("2 * x", "x").replace("size=2", "size")
+    files = {"single_files/source.py": "", "single_files/dqn_a.py": SOURCE, "single_files/ppo_a.py": other}
+    assert unmarked_twice(repository(files)) == {}
+    repeated = {**files, "single_files/ppo_a.py": SOURCE.replace("2 * x", "x")}
+    assert sorted(unmarked_twice(repository(repeated))) == ["FFM"]

@@ -20,7 +20,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import check_copies
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "single_files"
-ORIGINALS = ["dqn_tbb_ffm"]  # every other dqn_*.py is a variant
+ORIGINALS = ["dqn_tbb_ffm", "ppo_tbb_ffm"]  # every other dqn_*.py and ppo_*.py is a variant
 HEADER = re.compile(r"# Variant of single_files/(?P<parent>\w+)\.py\. Changed: (?P<changed>.+)")
 BRACKETS = re.compile(r" \((?:was|were) (\w+(?:, \w+)*)\)")
 ENTRY = re.compile(r"\w+(\.\w+| in __main__)?")
@@ -67,6 +67,14 @@ def assignments(tree, name):
             yield range(node.lineno - 1, node.end_lineno)
 
 
+def arguments(tree, name):
+    """Rows of one argument of Args, up to the next one: its default and its docstring."""
+    (args,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args")
+    for node, text in zip(args.body, args.body[1:]):
+        if isinstance(node, ast.AnnAssign) and node.target.id == name:
+            yield range(node.lineno - 1, text.end_lineno)
+
+
 def parts(path, entry):
     """The blocks of rows that an entry under Changed stands for; none if the script has nothing of that name."""
     script, lines, tree = read(path)
@@ -75,6 +83,8 @@ def parts(path, entry):
     blocks = script.blocks.get(entry, [])
     if entry == "Args":
         return [memory_group(lines, block) for block in blocks]
+    if entry.startswith("Args."):
+        return list(arguments(tree, entry.removeprefix("Args.")))
     return [range(block.first, block.end) for block in blocks]
 
 
@@ -129,7 +139,7 @@ def difference(path):
 
 
 def is_variant(path):
-    return header(path) is not None or path.stem.startswith("dqn_") and path.stem not in ORIGINALS
+    return header(path) is not None or path.stem.startswith(("dqn_", "ppo_")) and path.stem not in ORIGINALS
 
 
 VARIANTS = sorted(path.stem for path in SCRIPTS.glob("*.py") if is_variant(path))
@@ -150,8 +160,8 @@ def test_a_variant_equals_its_parent_but_for_what_it_lists(name):
         ("    seed: int = 1\n", "    seed: int = 2\n"),  # a default in Args
         ('"""the discount factor gamma"""', '"""the discount factor"""'),  # a docstring in Args
         ("    # env setup\n", "    # envs\n"),  # a comment
-        ("prev_action=True, video_folder", "prev_action=False, video_folder"),  # a default of a function
-        ("            optimizer.zero_grad()\n", ""),
+        ("name, weights_only):", "name, weights_only=True):"),  # a default of a function
+        ("optimizer.zero_grad()", "optimizer.zero_grad(True)"),
     ],
 )
 def test_a_planted_difference_in_a_variant_or_its_parent_is_caught(tmp_path, name, right, planted):
