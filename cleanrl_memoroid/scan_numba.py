@@ -304,8 +304,12 @@ def _rows(x):
 
 def _scratch(out):
     """A row to compute in before it goes past the cache [1, D], or none [0, D]: a short output is better left in the cache."""
-    aligned = out.ctypes.data % _LINE == 0 and out.shape[1] * out.itemsize % (2 * _LINE) == 0  # whole vectors, whole lines
-    return np.empty((int(aligned and out.nbytes > _PAST_CACHE), out.shape[1]), out.dtype)
+    past_cache = (
+        out.nbytes > _PAST_CACHE
+        and out.ctypes.data % _LINE == 0  # whole lines; asked last, as it takes longer than a short scan
+        and out.shape[1] * out.itemsize % (2 * _LINE) == 0  # whole vectors
+    )
+    return np.empty((int(past_cache), out.shape[1]), out.dtype)
 
 
 def _double(rows):

@@ -278,15 +278,17 @@ class LinearAttention(nn.Module):
 
         [T, H] -> [T, K], [T, K], [T, V + 1], [T, O]
         """
-        query, key, value, skip = self.inputs(obs).split(self.sizes, dim=-1)
-        return 1 + F.elu(query), 1 + F.elu(key), F.pad(value, (0, 1), value=1.0), skip
+        key_size, _, value_size, output_size = self.sizes
+        query_key, value, skip = self.inputs(obs).split((2 * key_size, value_size, output_size), dim=-1)
+        query_key = 1 + F.elu(query_key.contiguous())  # elu of a few columns of a wide matrix takes seven times as long
+        query, key = query_key.split(key_size, dim=-1)
+        return query, key, F.pad(value, (0, 1), value=1.0), skip
 
     def readout(self, read, skip):
         """The Markov state LN(MLP(X^T phi(q) / z . phi(q)) + skip), of X^T phi(q). [T, V + 1], [T, O] -> [T, O]"""
         weighted, weight = read.split((self.sizes[2], 1), dim=-1)
-        return self.norm(
-            self.mlp(weighted * (weight + 1e-6).reciprocal()) + skip
-        )  # 1e-6 as in the authors' code: phi can be 0
+        # 1e-6 as in the authors' code: phi can be 0
+        return self.norm(self.mlp(weighted * (weight + 1e-6).reciprocal()).add_(skip))
 
     def attend(self, query, key, value, begins):
         """X^T phi(q) at every row, exactly, though X itself is computed between chunks only.
@@ -295,31 +297,33 @@ class LinearAttention(nn.Module):
         state is stored for every row. 2 x [T, K], [T, V + 1], [T] -> [T, V + 1]
         """
         steps, spoilt = len(query), None
-        row = torch.arange(steps, device=query.device)
-        first = torch.where(begins, row, 0).cummax(0).values  # the row where each row's episode begins
-        sane = query.detach().sum(1) + key.detach().sum(1) + value.detach().abs().sum(1) < 1e12
-        if not sane.all():  # a matrix product would spread nan, inf and overflow to other episodes, as 0 * nan is nan
-            count = (~sane).long().cumsum(0)
-            spoilt = count > (count - (~sane).long())[first]  # there was one in this episode: nan from there on
-            query, key, value = (torch.where(sane[:, None], e, 0) for e in (query, key, value))
+        episode = begins.cumsum(0, dtype=torch.float32)  # a number for each row's episode, exact up to 16 million
+        found = [e.detach() for e in (query, key, value)]
+        if not nn.utils.get_total_norm(found, foreach=True) < 1e12:  # as a norm of nan is not, either
+            # a matrix product would spread nan, inf and overflow to other episodes, as 0 * nan is nan
+            broken = ~(sum(e.abs().sum(1) for e in found) < 1e12)
+            count, first = broken.cumsum(0), torch.searchsorted(episode, episode)  # the row where each row's episode begins
+            spoilt = count > (count - broken.long())[first]  # there was one in this episode: nan from there on
+            query, key, value = (torch.where(broken[:, None], 0, e) for e in (query, key, value))
         if pad := -steps % self.chunk:
             query, key, value = (F.pad(e, (0, 0, 0, pad)) for e in (query, key, value))
-            first = F.pad(first, (0, pad), value=steps)
-        query, key, value = (e.unflatten(0, (-1, self.chunk)) for e in (query, key, value))  # [T / chunk, chunk, ...]
-        first, row = first.view(-1, self.chunk), torch.arange(steps + pad, device=query.device).view(-1, self.chunk)
+            episode = F.pad(episode, (0, pad), value=steps + 1)
+        query, key, value, episode = (e.unflatten(0, (-1, self.chunk)) for e in (query, key, value, episode[:, None]))
 
-        # from here on a product with zero is zero, so that it can mask, three times as fast as a selection
-        at_end = key * (row >= first[:, -1:])[:, :, None].float()  # what the chunk leaves to the episode at its end
-        x, x_begins = at_end.mT @ value, first[:, -1] >= row[:, 0]
+        # [T / chunk, chunk, ...] from here on. Episodes count upwards: 1 + earlier - later is 1 if the two are the same, else
+        # 0 or less. Such a mask costs a third of a comparison, and a product with it less than a selection
+        end = episode[:, -1:]
+        start = F.pad(end[:-1], (0, 0, 0, 0, 1, 0), value=-1)  # the episode that runs when the chunk starts: none in the first
+        at_end = key * (1 + episode - end).relu_()  # what the chunk leaves to the episode at its end
+        x, x_begins = at_end.mT @ value, (start < end).flatten()
         if linear_scan is not None:
             x = linear_scan(1.0, x, x_begins)
         else:
             x, _ = blelloch_scan(resettable(self.operator, tuple(e.to(x.device) for e in self.identity)), (x, x_begins))
         x = x.roll(1, 0)  # the memory before each chunk; no row of the first one looks at it
-        before = query * (first < row[:, :1])[:, :, None].float()  # of the rows whose episode began in an earlier chunk
-
-        seen = (row[:, None, :] <= row[:, :, None]) & (row[:, None, :] >= first[:, :, None])  # [T / chunk, chunk, chunk]
-        read = torch.baddbmm(before @ x, query @ key.mT * seen.float(), value).flatten(0, 1)[:steps]
+        before = query * (1 + start - episode).relu_()  # of the rows whose episode began in an earlier chunk
+        seen = (1 + episode.mT - episode).relu_().tril_()  # [T / chunk, chunk, chunk]: by this row, that earlier one
+        read = torch.baddbmm(before @ x, query @ key.mT * seen, value).flatten(0, 1)[:steps]
         return read if spoilt is None else torch.where(spoilt[:, None], torch.nan, read)
 
     def forward(self, obs, begins):
