@@ -20,6 +20,7 @@ import numpy as np
 
 BINS = 40  # points of a curve
 NOT_COMPARED = {"exp_name", "seed", "env_id", "env_kwargs", "total_timesteps", "torch_threads", "track", "checkpoint_interval"}
+NOT_COMPARED |= {"eval_episodes", "minibatch_size", "num_iterations"}
 
 
 def read_run(folder):
@@ -34,7 +35,8 @@ def read_run(folder):
     args = torch.load(models[0], weights_only=True)["args"]
     evaluation, training = events.Scalars("eval/episodic_return"), events.Scalars("charts/episodic_return")
     returns = [e.value for e in evaluation]
-    run = {"name": args["exp_name"], "env_id": args["env_id"], "env_kwargs": args["env_kwargs"], "flags": ""}
+    name, _, arm = args["exp_name"].partition(".")
+    run = {"name": name, "env_id": args["env_id"], "env_kwargs": args["env_kwargs"], "flags": arm}
     run["seed"] = args["seed"]
     result = run | {
         "total_timesteps": args["total_timesteps"],
@@ -59,7 +61,8 @@ def flag_differences(found):
     """Fills in `flags` for runs of one name: what differs between those in one environment. A tape has no segment_length."""
     groups = defaultdict(list)
     for result, curve, args in found:
-        groups[result["env_id"], result["env_kwargs"]].append((result, curve, args))
+        if not result["flags"]:  # no arm
+            groups[result["env_id"], result["env_kwargs"]].append((result, curve, args))
     for members in groups.values():
         names = dict.fromkeys(name for *_, args in members for name in args if name not in NOT_COMPARED)
         values = {name: {str(args[name]) for *_, args in members if name in args} for name in names}

@@ -620,7 +620,7 @@ if __name__ == "__main__":
         agent.load_state_dict(trained["agent"])
         evaluate(agent, eval_fns, args.eval_episodes, eval_seeds, device)
         sys.exit()
-    optimizer = optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    optimizer = optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)
 
     if args.track:
         import wandb

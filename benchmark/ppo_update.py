@@ -1,0 +1,218 @@
+"""Times the training part of the PPO scripts on one minibatch, beside the LSTM of CleanRL's ppo_atari_lstm.py.
+
+    python benchmark/ppo_update.py                             # one core, minutes; writes benchmark/results/ppo_update.csv
+    python benchmark/ppo_update.py --steps 128 --profile       # also where the time goes, by torch.profiler
+
+A minibatch is a whole rollout, --steps of --envs environments, with a begin in one row of 50, and no prefix. An update is what
+the scripts' loop does for it: gather its rows, forward, loss, backward, clip, Adam. 10 observations, 4 actions, layers of 256
+units, and the memories of SIZES below. Collecting the rollout and its advantages are no part of it. Contenders:
+ppo_tbb_*                    the scripts' Agent on the tape of their CarriedTape
+ppo_sbb_lstm                 our baseline: oneDNN runs over the pieces between resets side by side, in groups of like lengths
+LSTM step by step            the loop of CleanRL's script: nn.LSTM is called once per time step, after each reset by a product
+LSTM fused, without resets   nn.LSTM is called once for all steps: memory leaks from episode to episode, so it cannot replace
+                             the loop; it shows what is left to win
+LSTM step by step, untuned   the loop in a process of its own without tune_cpu, as CleanRL's users run it
+The LSTMs have one Agent, the baseline's: encoder, heads, weights, loss are alike. All update with fused Adam and, but for the
+last, under tune_cpu. `vs_lstm_loop` and `vs_lstm_fused` say how many times faster than the first of the two loops a contender
+is, and than the fused LSTM, in the same run. --envs 4 is a minibatch as the scripts cut it, a quarter of 16 environments.
+Bars, at 128 steps of 16 environments: FFM at least 5 times faster than the loop and no slower than fused, LRU 3 times faster.
+"""
+
+import argparse
+import itertools
+from types import SimpleNamespace
+
+import gymnasium as gym
+import numpy as np
+import torch
+from timing import ROOT, OwnProcess, interleave, load_script, parser, print_bars, print_table, ratio, set_up, write_csv
+from torch import nn
+
+OBS_SIZE, ACTIONS, EPISODE = 10, 4, 50
+SIZES = {
+    "ppo_tbb_ffm": {"trace_size": 64, "context_size": 4},
+    "ppo_tbb_lru": {"state_size": 128, "num_layers": 2},
+    "ppo_tbb_s5": {"state_size": 128, "num_layers": 2},
+    "ppo_tbb_linattn": {"key_size": 64, "value_size": 64},
+    "ppo_sbb_lstm": {},
+}
+LOOP, FUSED = "LSTM step by step", "LSTM fused, without resets"
+UNTUNED = f"{LOOP}, untuned"
+FASTER = {  # than the LSTM step by step, than the fused one
+    "ppo_tbb_ffm": (5, 1),
+    "ppo_tbb_lru": (3, None),
+}
+PARTS = {  # operators by their names in torch.profiler
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),
+    "scan": ("_LinearScan", "_LinearScanBackward"),
+    "LSTM": ("aten::mkldnn_rnn_layer", "aten::mkldnn_rnn_layer_backward"),
+    "clipping, Adam": ("clip", "Optimizer.step#Adam.step", "Optimizer.zero_grad#Adam.zero_grad"),
+}
+
+
+def parse_args():
+    out = parser(__doc__.split("\n")[0])
+    out.add_argument("--steps", type=int, nargs="+", default=[128, 1024], help="length of a rollout; long ones: fewer rounds")
+    out.add_argument("--envs", type=int, nargs="+", default=[16], help="environments of a minibatch")
+    names = [*SIZES, LOOP, FUSED, UNTUNED]
+    out.add_argument("--only", nargs="+", default=names, choices=names, metavar="CONTENDER", help="contenders to time")
+    out.add_argument("--hidden-size", type=int, default=256, help="width of every layer, the LSTM's too")
+    out.add_argument("--profile", action="store_true", help="also print where the time of each contender goes")
+    return out.parse_args()
+
+
+def step_by_step(lstm, x, begins):
+    """x [S, N, H], begins [S, N] -> [S, N, H]; hidden and cell are multiplied by 0 where an episode begins."""
+    state, out = x.new_zeros(2, 1, x.shape[1], lstm.hidden_size), []
+    for row, keep in zip(x, (1 - begins.to(x.dtype))[:, None, :, None]):
+        h, state = lstm(row[None], (keep * state[0], keep * state[1]))
+        out.append(h)
+    return torch.cat(out)
+
+
+def fused(lstm, x, begins):
+    return lstm(x)[0]
+
+
+def time_major(agent, memory, obs, begins):
+    """Policy and value of a rollout, row after row as CleanRL flattens it. [S, N, O], [S, N] -> [S * N]"""
+    x = agent.encoder(obs.flatten(0, 1)).unflatten(0, begins.shape)
+    return agent.heads(memory(agent.memory.lstm, x, begins).flatten(0, 1))
+
+
+def rollout(steps, envs, seed=0):
+    """obs [S, N, O] and begins [S, N]; as there is no prefix, every environment begins an episode with the rollout."""
+    rng = np.random.default_rng(seed)
+    begins = rng.random((steps, envs)) < 1 / EPISODE
+    begins[0] = True
+    return rng.standard_normal((steps, envs, OBS_SIZE)).astype(np.float32), begins
+
+
+def contender(name, obs, begins, hidden_size=256):
+    """(update, forward, agent): `update` does for the rollout what a script's training loop does for a minibatch."""
+    script_name = "ppo_sbb_lstm" if name in (LOOP, FUSED) else name
+    script = load_script(ROOT / "single_files" / f"{script_name}.py")
+    args = script.Args(hidden_size=hidden_size, **SIZES[script_name])
+    (steps, num_envs), spaces = begins.shape, (gym.spaces.Box(-np.inf, np.inf, (OBS_SIZE,)), gym.spaces.Discrete(ACTIONS))
+    torch.manual_seed(0)
+    agent = script.Agent(SimpleNamespace(single_observation_space=spaces[0], single_action_space=spaces[1]), args)
+    # a rate of 0 does the same work, and thousands of updates with one rollout stay where they are
+    optimizer = torch.optim.Adam(agent.parameters(), lr=0.0, fused=True)
+    carried_tape = script.CarriedTape(num_envs, OBS_SIZE, agent.memory.initial_state(num_envs))
+    carried_tape.add(obs, begins)
+    mb_envs, (b_obs, b_begins) = np.arange(num_envs), map(torch.from_numpy, (obs, begins))
+
+    # of every environment in turn, [N * S], as the scripts flatten the batch; the same for every contender
+    draws = torch.Generator().manual_seed(0)
+    b_actions = torch.randint(ACTIONS, (num_envs * steps, 1), generator=draws)
+    b_logprobs = torch.full((num_envs * steps,), -np.log(ACTIONS), dtype=torch.float32)
+    b_values, b_advantages = torch.randn(2, num_envs * steps, generator=draws)
+    b_returns = b_advantages + b_values
+
+    def forward():
+        """Policy and value, and the places of their rows in the batch."""
+        places = mb_envs[:, None] * steps + np.arange(steps)
+        if name in (LOOP, FUSED):
+            memory = step_by_step if name == LOOP else fused
+            found = time_major(agent, memory, b_obs[:, mb_envs], b_begins[:, mb_envs])
+            return *found, torch.from_numpy(places.T.flatten())
+        return *agent(carried_tape.sections(mb_envs, steps))[:2], torch.from_numpy(places.flatten())
+
+    def update():  # the script's training block, without logging
+        policy, newvalue, mb_inds = forward()
+        newlogprob, entropy = policy.log_prob(b_actions[mb_inds]), policy.entropy()
+        logratio = newlogprob - b_logprobs[mb_inds]
+        ratio = logratio.exp()
+        with torch.no_grad():
+            (-logratio).mean(), ((ratio - 1) - logratio).mean()
+            ((ratio - 1.0).abs() > args.clip_coef).float().mean().item()
+        mb_advantages = b_advantages[mb_inds]
+        mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
+        pg_loss1 = -mb_advantages * ratio
+        pg_loss2 = -mb_advantages * torch.clamp(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
+        pg_loss = torch.max(pg_loss1, pg_loss2).mean()
+        v_loss = (newvalue - b_returns[mb_inds]) ** 2
+        v_change = torch.clamp(newvalue - b_values[mb_inds], -args.clip_coef, args.clip_coef)
+        v_loss = torch.max(v_loss, (b_values[mb_inds] + v_change - b_returns[mb_inds]) ** 2)
+        v_loss = 0.5 * v_loss.mean()
+        loss = pg_loss - args.ent_coef * entropy.mean() + v_loss * args.vf_coef
+        optimizer.zero_grad()
+        loss.backward()
+        with torch.profiler.record_function("clip"):
+            grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm, foreach=True)
+        if not torch.isfinite(loss + grad_norm):
+            raise FloatingPointError(f"loss {loss:.3g}, gradient norm {grad_norm:.3g}")
+        optimizer.step()
+        return loss.item()
+
+    return update, forward, agent
+
+
+def update_of(name, steps, envs, hidden_size):
+    """What OwnProcess times."""
+    update = contender(name, *rollout(steps, envs), hidden_size)[0]
+    update()
+    return update
+
+
+def time_rollout(steps, envs, args):
+    """Rows of the table for rollouts of one length, and its bars."""
+    own = [name for name in args.only if name == UNTUNED]
+    found = {name: contender(name, *rollout(steps, envs), args.hidden_size) for name in args.only if name not in own}
+    calls = {name: update for name, (update, _, _) in found.items()}
+    calls |= {name: OwnProcess("ppo_update", "update_of", LOOP, steps, envs, args.hidden_size) for name in own}
+    parameters = {name: sum(p.numel() for p in agent.parameters() if p.requires_grad) for name, (_, _, agent) in found.items()}
+    turns = argparse.Namespace(**vars(args))
+    turns.rounds = max(min(args.rounds, 5), args.rounds * 128 // steps)  # seconds per call: the loop over 1,024 steps
+    times, rows = interleave(calls, turns), []
+    for name, values in times.items():
+        memory = " ".join(f"{key} {size}" for key, size in SIZES.get(name, {}).items())
+        row = {"contender": name, "memory": memory, "parameters": parameters.get(name, ""), "steps": steps, "envs": envs}
+        row |= {"calls": len(values), "median_ms": float(np.median(values)), "min_ms": float(values.min())}
+        row["rows_per_second"] = float(1000 * steps * envs / np.median(values))
+        row["vs_lstm_loop"], row["vs_lstm_loop_min"] = ratio(times, LOOP, name)
+        row["vs_lstm_fused"], row["vs_lstm_fused_min"] = ratio(times, FUSED, name)
+        rows.append(row)
+    print_table(rows)
+    bars = []
+    if (steps, envs, args.hidden_size) == (128, 16, 256):
+        for name, wanted in FASTER.items():
+            for baseline, figure in zip((LOOP, FUSED), wanted):
+                if figure:
+                    text = f"{name}, {steps} x {envs}: times faster than {baseline}"
+                    bars.append((text, ">=", figure, ratio(times, baseline, name)))
+    if args.profile:
+        for name in found:
+            profile(f"{name}, {steps} x {envs}", calls[name], updates=2 if np.median(times[name]) > 500 else 10)
+    for name in own:
+        calls[name].close()
+    return rows, bars
+
+
+def profile(title, call, updates):
+    """Prints an update's parts, then the operators that take most time."""
+    call()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+        for _ in range(updates):
+            call()
+    events, rows = found.key_averages(), []
+    whole = sum(event.self_cpu_time_total for event in events)
+    for part, names in PARTS.items():
+        spent = sum(event.cpu_time_total for event in events if event.key in names)
+        rows.append({"part": part, "ms": spent / 1000 / updates, "share": spent / whole})
+    rest = 1 - sum(row["share"] for row in rows)
+    rows.append({"part": "rest: elementwise work, autograd", "ms": rest * whole / 1000 / updates, "share": rest})
+    print_table(rows, f"{title}: torch.profiler, {updates} updates; Python between operators is not in it")
+    print(events.table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=48))
+
+
+if __name__ == "__main__":
+    args = parse_args()
+    where = set_up(args)
+    print(where)
+    rows, bars = [], []
+    for steps, envs in itertools.product(args.steps, args.envs):
+        found, wanted = time_rollout(steps, envs, args)
+        rows, bars = rows + found, bars + wanted
+        write_csv("ppo_update", where, rows, args)  # minutes of work: a run cut short leaves what it has
+    print_bars(bars)

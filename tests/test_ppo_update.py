@@ -1,0 +1,56 @@
+"""benchmark/ppo_update.py: the LSTMs that it times compute the same, and its update moves what PPO would."""
+
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def bench():
+    sys.path.append(str(ROOT / "benchmark"))
+    import ppo_update
+
+    return ppo_update
+
+
+def outcome(bench, name, obs, begins):
+    """Logits, values, loss and gradients of one update, the rows environment by environment."""
+    update, forward, agent = bench.contender(name, obs, begins, hidden_size=32)
+    policy, value, places = forward()
+    order = places.argsort()
+    loss = update()
+    return policy.base_dist.logits[order], value[order], torch.tensor(loss), *(p.grad for p in agent.parameters())
+
+
+def test_the_step_by_step_lstm_is_the_baseline(bench):
+    obs, begins = bench.rollout(60, 5)
+    assert begins[1:].any()
+    loop, baseline = (outcome(bench, name, obs, begins) for name in (bench.LOOP, "ppo_sbb_lstm"))
+    torch.testing.assert_close(loop, baseline, rtol=1e-4, atol=1e-5)
+
+
+def test_the_fused_lstm_is_the_loop_without_resets(bench):
+    obs, begins = bench.rollout(60, 5)
+    with_resets = outcome(bench, bench.LOOP, obs, begins)
+    begins[1:] = False
+    loop, fused = (outcome(bench, name, obs, begins) for name in (bench.LOOP, bench.FUSED))
+    torch.testing.assert_close(fused, loop, rtol=1e-4, atol=1e-5)
+    assert (fused[1] - with_resets[1]).abs().max() > 1e-3  # so a reset does something
+
+
+@pytest.mark.parametrize("name", ["ppo_tbb_ffm", "ppo_tbb_lru", "ppo_tbb_s5", "ppo_tbb_linattn"])
+def test_a_memoroid_has_the_rows_of_the_batch_in_order(bench, name):
+    obs, begins = bench.rollout(30, 3)
+    update, forward, agent = bench.contender(name, obs, begins, hidden_size=32)
+    policy, value, places = forward()
+    state, found = agent.memory.initial_state(3), []
+    with torch.no_grad():
+        for row in zip(*map(torch.from_numpy, (obs, begins))):
+            _, one, state = agent.step(*row, state)
+            found.append(one)
+    torch.testing.assert_close(value, torch.stack(found).T.flatten()[places], rtol=1e-4, atol=1e-5)
+    before = [p.clone() for p in agent.parameters()]
+    assert update() == update()
+    assert all(map(torch.equal, before, agent.parameters()))
