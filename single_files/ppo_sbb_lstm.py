@@ -99,6 +99,8 @@ class Args:
     """the number of minibatches; TBB: each of whole environments, whose steps stay in order"""
     update_epochs: int = 4
     """the K epochs to update the policy"""
+    norm_reward: bool = True
+    """if toggled, learn from rewards in units of the discounted return's standard deviation so far; logs are in theirs"""
     norm_adv: bool = True
     """if toggled, advantages are normalised over each minibatch"""
     clip_coef: float = 0.2
@@ -576,11 +578,13 @@ if __name__ == "__main__":
     recurrent_state = agent.memory.initial_state(args.num_envs)
     carried_tape = CarriedTape(args.num_envs, next_obs.shape[1], recurrent_state)
     returns, lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, int)  # of the running episodes, so far
+    discounted, return_rms = np.zeros(args.num_envs), gym.wrappers.utils.RunningMeanStd()
     global_step, first_iteration = 0, 1
     if checkpoint:
         agent.load_state_dict(checkpoint["agent"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        global_step, first_iteration, next_obs, next_begins, recurrent_state, returns, lengths = checkpoint["loop"]
+        global_step, first_iteration, next_obs, next_begins, recurrent_state, *episodes = checkpoint["loop"]
+        returns, lengths, discounted, return_rms = episodes
         recurrent_state = recurrent_state.to(device)
         vars(carried_tape).update(checkpoint["carried_tape"], state=checkpoint["carried_tape"]["state"].to(device))
         rng.bit_generator.state = checkpoint["rng"]
@@ -591,7 +595,7 @@ if __name__ == "__main__":
             envs.envs = cloudpickle.loads(checkpoint["envs"])
         else:
             next_obs, next_begins = envs.reset()[0], np.ones(args.num_envs, bool)
-            returns, lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, int)
+            returns, lengths, discounted = np.zeros(args.num_envs), np.zeros(args.num_envs, int), np.zeros(args.num_envs)
             carried_tape.carry(next_begins, recurrent_state, args.max_prefix, agent)
 
     # ALGO Logic: Storage setup
@@ -609,7 +613,8 @@ if __name__ == "__main__":
     for iteration in range(first_iteration, args.num_iterations + 1):
         if args.checkpoint_interval and global_step % args.checkpoint_interval < args.batch_size:
             content = {"agent": agent.state_dict(), "optimizer": optimizer.state_dict(), "carried_tape": vars(carried_tape)}
-            content["loop"] = global_step, iteration, next_obs, next_begins, recurrent_state, returns, lengths
+            content["loop"] = global_step, iteration, next_obs, next_begins, recurrent_state
+            content["loop"] += returns, lengths, discounted, return_rms
             content |= {"args": asdict(args), "run_name": run_name, "global_step": global_step, "rng": rng.bit_generator.state}
             content |= {"torch_rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state() if args.cuda else None}
             try:
@@ -639,8 +644,11 @@ if __name__ == "__main__":
 
             # TRY NOT TO MODIFY: execute the game and log data.
             next_obs, reward, terminations, truncations, infos = envs.step(env_actions(envs, actions[step]))
-            rewards[step] = torch.as_tensor(reward, device=device)
             ended[step] = next_begins = terminations | truncations
+            discounted = discounted * args.gamma + reward
+            return_rms.update(discounted)
+            scale = 1 / np.sqrt(return_rms.var + 1e-8) if args.norm_reward else 1.0
+            rewards[step] = torch.as_tensor(reward * scale, device=device)
 
             # TBB: an episode cut off by a time limit is worth what its final observation is, remembering all before it
             bootstraps[step] = 0
@@ -658,7 +666,7 @@ if __name__ == "__main__":
                 recent_returns.append(returns[i])
                 writer.add_scalar("charts/episodic_return", returns[i], global_step)
                 writer.add_scalar("charts/episodic_length", lengths[i], global_step)
-                returns[i] = lengths[i] = 0
+                returns[i] = lengths[i] = discounted[i] = 0
 
         # TBB: the rollout joins the rows that its running episodes have on the tape already
         carried_tape.add(obs, begins)
