@@ -2,7 +2,7 @@
 
     python benchmark/memoryless.py single_files/ppo_tbb_lru_continuous_action.py --seed 1
 
-What memory buys on a task is the distance between the two. Every begin that the memory sees is set, in rollouts, on the tape
+What follows the script's path are the script's own flags: --seed, --exp-name and so on. What memory buys on a task is the distance between the two. Every begin that the memory sees is set, in rollouts, on the tape
 and in evaluations, so that each row is an episode of its own; nothing else changes.
 """
 
@@ -17,6 +17,9 @@ CHANGES = {
 }
 
 if __name__ == "__main__":
+    if sys.argv[1:] in (["-h"], ["--help"]):
+        print(__doc__)
+        sys.exit()
     if len(sys.argv) < 2 or not Path(sys.argv[1]).is_file():
         sys.exit(f"{__doc__}\nexpected a PPO script of single_files/ first, got {' '.join(sys.argv[1:]) or 'nothing'}")
     script = Path(sys.argv[1])

@@ -1,13 +1,14 @@
 # docs: docs/ppo.md
-# Variant of single_files/ppo_tbb_lru.py. Changed: Args.env_id, make_env, check_spaces, Agent.__init__, Agent.policy
+# Variant of single_files/ppo_tbb_lru.py. Changed: Args.env_id, Args.total_timesteps, Args.gamma, Args.clip_vloss,
+#   Args.ent_coef, make_env, check_spaces, Agent.__init__, Agent.policy
 # Memory and tape: Morad et al. (2024), "Recurrent Reinforcement Learning with Memoroids", https://arxiv.org/abs/2402.09900
 # LRU: Orvieto et al. (2023), "Resurrecting Recurrent Neural Networks for Long Sequences", https://arxiv.org/abs/2303.06349
 """PPO for continuous actions with Linear Recurrent Units (LRU), on a tape that carries running episodes on.
 
-    python single_files/ppo_tbb_lru_continuous_action.py                    # a memory task, on a CPU
-    python single_files/ppo_tbb_lru_continuous_action.py --env-id Pendulum-v1 # any vector observation and Box actions
-    python single_files/ppo_tbb_lru_continuous_action.py --resume runs/RUN  # continue a killed run exactly
-    python single_files/ppo_tbb_lru_continuous_action.py --evaluate runs/RUN# greedy episodes with the trained model
+    python single_files/ppo_tbb_lru_continuous_action.py                       # a memory task, in a minute on a CPU
+    python single_files/ppo_tbb_lru_continuous_action.py --env-id Pendulum-v1  # any vector observation with Box actions
+    python single_files/ppo_tbb_lru_continuous_action.py --resume runs/RUN     # continue a killed run exactly
+    python single_files/ppo_tbb_lru_continuous_action.py --evaluate runs/RUN   # greedy episodes with the trained model
 
 This file is all there is: copy it into your project and edit it. Only the import of `linear_scan` is shared, and optional.
 Shapes: S steps of a rollout, N environments, E of them in a minibatch, T rows of a tape, B of them with a loss; O observation,
@@ -80,7 +81,7 @@ class Args:
     """arguments for the environment's constructor, as JSON, such as '{"k": 10, "num_decks": 2}'"""
     prev_action: bool = True
     """if toggled, POPGym observations include the previous action"""
-    total_timesteps: int = 150_000
+    total_timesteps: int = 300_000
     """total timesteps of the experiment, over all environments (steps)"""
     learning_rate: float = 1e-3
     """the learning rate of the optimizer at the start"""
@@ -90,7 +91,7 @@ class Args:
     """the number of steps S to run in each environment per policy rollout (steps)"""
     anneal_lr: bool = True
     """if toggled, the learning rate falls linearly to zero"""
-    gamma: float = 0.99
+    gamma: float = 0.95
     """the discount factor gamma"""
     gae_lambda: float = 0.95
     """the lambda for the general advantage estimation"""
@@ -104,9 +105,9 @@ class Args:
     """if toggled, advantages are normalised over each minibatch"""
     clip_coef: float = 0.2
     """the surrogate clipping coefficient"""
-    clip_vloss: bool = True
+    clip_vloss: bool = False
     """if toggled, the value's loss is clipped, too, as in the paper"""
-    ent_coef: float = 0.01
+    ent_coef: float = 0.0
     """coefficient of the entropy"""
     vf_coef: float = 0.5
     """coefficient of the value function"""

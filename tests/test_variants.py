@@ -158,7 +158,7 @@ def test_a_variant_equals_its_parent_but_for_what_it_lists(name):
     ("right", "planted"),
     [
         ("    seed: int = 1\n", "    seed: int = 2\n"),  # a default in Args
-        ('"""the discount factor gamma"""', '"""the discount factor"""'),  # a docstring in Args
+        ('"""the project name in Weights and Biases"""', '"""the project name"""'),  # a docstring in Args
         ("    # env setup\n", "    # envs\n"),  # a comment
         ("name, weights_only):", "name, weights_only=True):"),  # a default of a function
         ("optimizer.zero_grad()", "optimizer.zero_grad(True)"),
