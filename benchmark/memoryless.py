@@ -2,8 +2,9 @@
 
     python benchmark/memoryless.py single_files/ppo_tbb_lru_continuous_action.py --seed 1
 
-What follows the script's path are the script's own flags: --seed, --exp-name and so on. What memory buys on a task is the distance between the two. Every begin that the memory sees is set, in rollouts, on the tape
-and in evaluations, so that each row is an episode of its own; nothing else changes.
+What follows the script's path are the script's own flags: --seed, --exp-name and so on. What memory buys on a task is the
+distance between the two. Every begin that the memory sees is set, in rollouts, on the tape and in evaluations: each row is an
+episode of its own. Nothing else changes.
 """
 
 import runpy

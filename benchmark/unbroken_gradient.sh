@@ -7,7 +7,7 @@ python=${PYTHON:-python}
 # without the previous action, which would let a policy copy what it did before instead of remembering
 medium="--env-id popgym-RepeatFirstMedium-v0 --no-prev-action --num-steps 128"
 maze="--env-id t_maze:TMaze-v0 --num-steps 64"
-flags="--gamma 0.5 --total-timesteps 1500000 --checkpoint-interval 0" # rewards of a step depend on its action alone
+flags="--gamma 0.5 --total-timesteps 1200000 --checkpoint-interval 0" # rewards of a step depend on its action alone
 
 for task in "$medium" "$maze"; do
     for arm in "ppo_tbb_lru lru-carried" "ppo_tbb_lru lru-stored --max-prefix 0" "ppo_tbb_ffm ffm-carried" \
