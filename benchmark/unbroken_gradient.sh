@@ -5,11 +5,11 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
 # without the previous action, which would let a policy copy what it did before instead of remembering
-medium="--env-id popgym-RepeatFirstMedium-v0 --no-prev-action --num-steps 128"
-maze="--env-id t_maze:TMaze-v0 --num-steps 64"
-flags="--gamma 0.5 --total-timesteps 1200000 --checkpoint-interval 0" # rewards of a step depend on its action alone
+medium="--env-id popgym-RepeatFirstMedium-v0 --no-prev-action --num-steps 128 --total-timesteps 1500000"
+maze="--env-id t_maze:TMaze-v0 --num-steps 64 --total-timesteps 1000000"
+flags="--gamma 0.5 --checkpoint-interval 0" # rewards of a step depend on its action alone
 
-for task in "$medium" "$maze"; do
+for task in "$maze" "$medium"; do
     for arm in "ppo_tbb_lru lru-carried" "ppo_tbb_lru lru-stored --max-prefix 0" "ppo_tbb_ffm ffm-carried" \
         "ppo_tbb_ffm ffm-stored --max-prefix 0" "ppo_sbb_lstm lstm-stored"; do
         for seed in 1 2 3; do # innermost: a run's folder is named by its seed and the second of its start

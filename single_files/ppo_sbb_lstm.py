@@ -388,6 +388,7 @@ class Agent(nn.Module):
         if args.max_prefix != 0:
             raise ValueError(f"--max-prefix {args.max_prefix}: expected 0 here; the tbb scripts carry episodes on a tape")
         self.memory = LSTM(args.hidden_size, args.hidden_size)
+        self.norm = layer_norm(args.hidden_size)
         self.actor = layer_init(nn.Linear(args.hidden_size, sum(self.nvec)), std=0.01)
         self.critic = layer_init(nn.Linear(args.hidden_size, 1), std=1.0)
 
@@ -406,7 +407,8 @@ class Agent(nn.Module):
 
     # Copied from single_files/ppo_tbb_ffm.py:Agent.heads
     def heads(self, markov_state):
-        return self.policy(self.actor(markov_state)), self.critic(markov_state).squeeze(-1)
+        hidden = self.norm(markov_state)
+        return self.policy(self.actor(hidden)), self.critic(hidden).squeeze(-1)
 
     # Copied from single_files/ppo_tbb_ffm.py:Agent.forward
     def forward(self, tape):

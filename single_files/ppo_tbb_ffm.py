@@ -423,6 +423,7 @@ class Agent(nn.Module):
         self.action_size, self.action_dtype = len(self.nvec), torch.int64
         self.encoder = self.block(np.array(envs.single_observation_space.shape).prod(), args.hidden_size)
         self.memory = FFM(args.hidden_size, args.hidden_size, args.trace_size, args.context_size)
+        self.norm = layer_norm(args.hidden_size)
         self.actor = layer_init(nn.Linear(args.hidden_size, sum(self.nvec)), std=0.01)
         self.critic = layer_init(nn.Linear(args.hidden_size, 1), std=1.0)
 
@@ -439,7 +440,8 @@ class Agent(nn.Module):
         return torch.distributions.Independent(choices, 1, validate_args=False)
 
     def heads(self, markov_state):
-        return self.policy(self.actor(markov_state)), self.critic(markov_state).squeeze(-1)
+        hidden = self.norm(markov_state)
+        return self.policy(self.actor(hidden)), self.critic(hidden).squeeze(-1)
 
     def forward(self, tape):
         """TBB: policy and value [B] at the rows with a loss, and the recurrent state after each section [E, ...]"""

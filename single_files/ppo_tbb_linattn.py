@@ -459,6 +459,7 @@ class Agent(nn.Module):
         self.action_size, self.action_dtype = len(self.nvec), torch.int64
         self.encoder = self.block(np.array(envs.single_observation_space.shape).prod(), args.hidden_size)
         self.memory = LinearAttention(args.hidden_size, args.hidden_size, args.key_size, args.value_size)
+        self.norm = layer_norm(args.hidden_size)
         self.actor = layer_init(nn.Linear(args.hidden_size, sum(self.nvec)), std=0.01)
         self.critic = layer_init(nn.Linear(args.hidden_size, 1), std=1.0)
 
@@ -477,7 +478,8 @@ class Agent(nn.Module):
 
     # Copied from single_files/ppo_tbb_ffm.py:Agent.heads
     def heads(self, markov_state):
-        return self.policy(self.actor(markov_state)), self.critic(markov_state).squeeze(-1)
+        hidden = self.norm(markov_state)
+        return self.policy(self.actor(hidden)), self.critic(hidden).squeeze(-1)
 
     # Copied from single_files/ppo_tbb_ffm.py:Agent.forward
     def forward(self, tape):

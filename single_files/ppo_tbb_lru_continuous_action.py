@@ -467,6 +467,7 @@ class Agent(nn.Module):
         self.memory = StackedLRU(
             args.hidden_size, args.num_layers, state_size=args.state_size, r_min=args.r_min, r_max=args.r_max
         )
+        self.norm = layer_norm(args.hidden_size)
         self.actor = layer_init(nn.Linear(args.hidden_size, self.action_size), std=0.01)
         self.actor_logstd = nn.Parameter(torch.zeros(self.action_size))
         self.critic = layer_init(nn.Linear(args.hidden_size, 1), std=1.0)
@@ -483,7 +484,8 @@ class Agent(nn.Module):
 
     # Copied from single_files/ppo_tbb_ffm.py:Agent.heads
     def heads(self, markov_state):
-        return self.policy(self.actor(markov_state)), self.critic(markov_state).squeeze(-1)
+        hidden = self.norm(markov_state)
+        return self.policy(self.actor(hidden)), self.critic(hidden).squeeze(-1)
 
     # Copied from single_files/ppo_tbb_ffm.py:Agent.forward
     def forward(self, tape):
