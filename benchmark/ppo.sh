@@ -10,9 +10,10 @@ pendulum="single_files/ppo_tbb_lru_continuous_action.py"
     for seed in 1 2 3 4 5; do
         echo "single_files/ppo_tbb_ffm.py --seed $seed"
     done
-    for memory in tbb_lru tbb_s5 tbb_linattn sbb_lstm; do
+    for arm in "tbb_lru --total-timesteps 300000" "tbb_s5 --total-timesteps 300000" tbb_linattn sbb_lstm; do
+        read -r memory flags <<<"$arm"
         for seed in 1 2 3; do
-            echo "single_files/ppo_$memory.py --seed $seed"
+            echo "single_files/ppo_$memory.py ${flags:-} --seed $seed"
         done
     done
     for flags in "--total-timesteps 200000" "--total-timesteps 300000 --num-envs 32 --env-kwargs '$paper'"; do
