@@ -220,7 +220,7 @@ def test_the_value_loss_is_that_of_returns_computed_by_hand(tmp_path, truncation
 
 
 def test_a_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(tmp_path):
-    flags = ["--env-kwargs", '{"reward": 1e38}']
+    flags = ["--env-kwargs", '{"reward": 1e38}', "--no-norm-reward"]
     last = fails(tmp_path, *small("ppo_tbb_ffm"), *COUNTING, *flags, script="ppo_tbb_ffm")
     assert "FloatingPointError: global_step=" in last and "checkpoint.pt" in last and "--learning-rate" in last
     checkpoint = torch.load(run_folder(tmp_path) / "checkpoint.pt", weights_only=False)
