@@ -216,7 +216,7 @@ def test_the_value_loss_is_that_of_returns_computed_by_hand(tmp_path, truncation
             squares.append(advantage**2)
         found.append(0.5 * np.mean(squares))
     logged = [value for _, value in scalars(run_folder(tmp_path))["losses/value_loss"]]
-    np.testing.assert_allclose(logged, found, rtol=1e-3)
+    np.testing.assert_allclose(logged, found, rtol=1e-5)
 
 
 def test_a_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(tmp_path):
