@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import gymnasium as gym
 import torch
 from conftest import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -85,3 +86,10 @@ def alone(tmp_path, script):
     (package / "__init__.py").write_text("raise ImportError('not installed')")
     (tmp_path / "my_agent.py").write_bytes((ROOT / "single_files" / f"{script}.py").read_bytes())
     return {"script": tmp_path / "my_agent", "path": os.pathsep.join([str(package.parent), str(ROOT / "tests")])}
+
+
+def popgym_ids():
+    """Every POPGym environment with finite actions."""
+    import popgym  # noqa: F401  registers its environments
+
+    return sorted(name for name in gym.registry if name.startswith("popgym-") and "Pendulum" not in name)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, load_script
-from scripts import alone, assert_equal_runs, fails, kill_and_resume, run, run_folder, scalars
+from scripts import alone, assert_equal_runs, fails, kill_and_resume, popgym_ids, run, run_folder, scalars
 
 SIZES = {
     "ffm": "--trace-size 4",
@@ -280,12 +280,6 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(tmp_path):
     assert "FloatingPointError: global_step=" in last and "checkpoint.pt" in last and "--learning-rate" in last
     checkpoint = torch.load(run_folder(tmp_path) / "checkpoint.pt", weights_only=False)
     assert all(torch.isfinite(v).all() for v in checkpoint["q_network"].values())
-
-
-def popgym_ids():
-    import popgym  # noqa: F401  registers its environments
-
-    return sorted(name for name in gym.registry if name.startswith("popgym-") and "Pendulum" not in name)
 
 
 @pytest.mark.parametrize("env_id", popgym_ids())

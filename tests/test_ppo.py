@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, load_script
-from scripts import alone, assert_equal_runs, fails, kill_and_resume, run, run_folder, scalars
+from scripts import alone, assert_equal_runs, fails, kill_and_resume, popgym_ids, run, run_folder, scalars
 
 SIZES = {
     "ppo_tbb_ffm": "--trace-size 4",
@@ -281,14 +281,8 @@ def test_the_t_maze_rewards_what_the_cue_said(monkeypatch, length):
         gym.make("t_maze:TMaze-v0", length=0)
 
 
-def finite_ids():
-    import popgym  # noqa: F401  registers its environments
-
-    return sorted(name for name in gym.registry if name.startswith("popgym-") and "Pendulum" not in name)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("env_id", finite_ids())
+@pytest.mark.parametrize("env_id", popgym_ids())
 @pytest.mark.parametrize("script", [name for name in SCRIPTS if name != CONTINUOUS])
 def test_every_environment_trains(tmp_path, script, env_id):
     out = run(tmp_path, "--env-id", env_id, *small(script), "--checkpoint-interval", "0", script=script)
