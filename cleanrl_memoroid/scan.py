@@ -12,7 +12,8 @@ plain loop). They share one signature:
     forward(decay, x, begins, h0, reverse) -> h
     backward(decay, h, begins, h0, grad_h, reverse, need_decay_grad) -> (grad_decay or None, grad_x, grad_h0 or None)
 
-on contiguous x, h, grad_h [T, N, C], decay [N, C] (constant) or [T, N, C], begins bool [T, N] or None, h0 [N, C] or None.
+on contiguous x, h, grad_h [T, N, C], decay [N, C] (constant) or [T, N, C], begins bool [T, N] or None, h0 [N, C] or None. A
+backend that says ANY_SHAPE takes x [T, *S], decay *S or [T, *S], begins [T] or [T, N], h0 *S, which saves time in short scans.
 `tune_cpu()` sets two process-wide switches that matter more to the speed of training on a CPU than the scan does.
 """
 
@@ -109,25 +110,30 @@ class _LinearScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, decay, x, begins, h0, reverse, rows, module):
         ctx.call, ctx.shapes = (reverse, rows, module), (decay.shape, x.shape, None if h0 is None else h0.shape)
-        decay_rows = _plain(decay).view(rows if decay.dim() == x.dim() else rows[1:])
-        begins = None if begins is None else _plain(begins).view(rows[:2])
-        h0 = None if h0 is None else _plain(h0).view(rows[1:])
-        h = module.forward(decay_rows, _plain(x).view(rows), begins, h0, reverse)
-        out = h.view(x.shape)
-        ctx.save_for_backward(decay_rows, h, begins, h0, decay, out)  # the last two stand in the graph
+        a, x, begins, h0 = (v if v is None else _plain(v) for v in (decay, x, begins, h0))
+        if not module.ANY_SHAPE:
+            a, x = a.view(rows if a.dim() == x.dim() else rows[1:]), x.view(rows)
+            begins, h0 = (v if v is None else v.view(shape) for v, shape in ((begins, rows[:2]), (h0, rows[1:])))
+        out = module.forward(a, x, begins, h0, reverse)
+        out = out if module.ANY_SHAPE else out.view(ctx.shapes[1])
+        ctx.save_for_backward(a, begins, h0, decay, out)
         return out
 
     @staticmethod
     def backward(ctx, grad_out):
-        decay_rows, h, begins, h0, decay, out = ctx.saved_tensors
+        a, begins, h0, decay, out = ctx.saved_tensors
         reverse, rows, module = ctx.call
-        grad_h = _plain(grad_out).view(rows)
+        h, grad_h = out.detach(), _plain(grad_out)
+        if not module.ANY_SHAPE:
+            h, grad_h = h.view(rows), grad_h.view(rows)
         twice = torch.is_grad_enabled()  # create_graph=True: whoever differentiates again must hear of it
         with torch.no_grad() if twice else contextlib.nullcontext():
-            grads = module.backward(decay_rows, h, begins, h0, grad_h, reverse, ctx.needs_input_grad[0])
+            grads = module.backward(a, h, begins, h0, grad_h, reverse, ctx.needs_input_grad[0])
         if twice:
             grads = _Once.apply(decay, out, grad_out, *grads)
-        grad_decay, grad_x, grad_h0 = (g if g is None else g.view(shape) for g, shape in zip(grads, ctx.shapes))
+        if not module.ANY_SHAPE:
+            grads = (g if g is None else g.view(shape) for g, shape in zip(grads, ctx.shapes))
+        grad_decay, grad_x, grad_h0 = grads
         return grad_decay, grad_x, None, grad_h0, None, None, None
 
 

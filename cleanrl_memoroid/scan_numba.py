@@ -23,10 +23,13 @@ from llvmlite import ir
 from numba.extending import intrinsic
 from numba.np.arrayobj import populate_array
 
+ANY_SHAPE = True  # of x, see `scan.py`
 _FUSED = ("contract",)  # permits fused multiply-add and nothing else: nan and inf keep their meaning
 _jit = numba.njit(cache=True, nogil=True, fastmath=set(_FUSED))
 _LINE = 64  # bytes of a cache line
 _PAST_CACHE = 24 << 20  # bytes: an output larger than this is written past the cache, which could not hold it anyway
+_NO_FLAGS = np.zeros((0, 1), np.bool_)
+_DOUBLE = {np.dtype(kind): np.dtype(double) for kind, double in zip("fdFD", "ddDD")}
 _FLUSH = 64  # rows whose contributions to the gradient of a constant decay are added up in x's precision, then moved to double
 
 
@@ -273,10 +276,10 @@ def _forward_one(decay, x, begins, state, h, reverse):
 def forward(decay, x, begins, h0, reverse):
     """See `scan.py` for the signature that all backends share. CPU tensors only."""
     h, rows = torch.empty_like(x), _rows(x)
-    state = np.zeros((1, rows.shape[1]), _double(rows))
+    state = np.zeros((1, rows.shape[1]), _DOUBLE[rows.dtype])
     if h0 is not None:
         state[0] = h0.numpy().reshape(-1)
-    arrays = _decay_rows(decay), rows, _flags(begins, x), state, h.numpy().reshape(rows.shape)
+    arrays = _decay_rows(decay, x, state.dtype), rows, _flags(begins), state, _rows(h)
     if rows.shape[1] == 1:
         _forward_one(*(array.reshape(-1) for array in arrays), reverse)
     else:
@@ -286,20 +289,21 @@ def forward(decay, x, begins, h0, reverse):
 
 def backward(decay, h, begins, h0, grad_h, reverse, need_decay_grad):
     """See `scan.py`."""
-    grad_x, decay_rows, rows = torch.empty_like(h), _decay_rows(decay), _rows(h)
-    row = (1, rows.shape[1])
+    grad_x, rows = torch.empty_like(h), _rows(h)
+    row, double = (1, rows.shape[1]), _DOUBLE[rows.dtype]
     first = np.zeros(row, rows.dtype) if h0 is None else h0.numpy().reshape(row)
-    carry, partial = np.zeros(row, _double(rows)), np.zeros(row, rows.dtype)
-    grad_decay = np.zeros(decay_rows.shape if need_decay_grad else (1, 1), _double(rows))
-    grads = grad_h.numpy().reshape(rows.shape), carry, partial, grad_decay, grad_x.numpy().reshape(rows.shape)
-    _backward(decay_rows, rows, _flags(begins, h), first, *grads, _scratch(grads[-1]), need_decay_grad, reverse)
-    grad_decay = torch.from_numpy(grad_decay.reshape(decay.shape)).to(decay.dtype) if need_decay_grad else None
+    carry, partial, decay_rows = np.zeros(row, double), np.zeros(row, rows.dtype), _decay_rows(decay, h, double)
+    grad_decay = np.zeros(decay_rows.shape if need_decay_grad else (1, 1), double)
+    grads = _rows(grad_h), carry, partial, grad_decay, _rows(grad_x)
+    _backward(decay_rows, rows, _flags(begins), first, *grads, _scratch(grads[-1]), need_decay_grad, reverse)
+    grad_decay = torch.from_numpy(grad_decay).view(decay.shape).to(decay.dtype) if need_decay_grad else None
     return grad_decay, grad_x, None if h0 is None else torch.from_numpy(carry).view(h0.shape).to(h0.dtype)
 
 
 def _rows(x):
+    """[T, *S] -> [T, D]"""
     rows = x.numpy()
-    return rows.reshape(rows.shape[0], -1)  # [T, N, C] -> [T, D]
+    return rows if rows.ndim == 2 else rows.reshape(len(rows), -1)
 
 
 def _scratch(out):
@@ -312,15 +316,17 @@ def _scratch(out):
     return np.empty((int(past_cache), out.shape[1]), out.dtype)
 
 
-def _double(rows):
-    return np.complex128 if rows.dtype.kind == "c" else np.float64
-
-
-def _decay_rows(decay):
-    """[N, C] -> [1, D] in double; [T, N, C] -> [T, D] as it is, too large to copy."""
+def _decay_rows(decay, x, double):
+    """*S -> [1, D] in double; [T, *S] -> [T, D] as it is, too large to copy."""
+    if decay.dim() == x.dim():
+        return _rows(decay)
     rows = decay.numpy()
-    return rows.reshape(len(rows), -1) if rows.ndim == 3 else rows.reshape(1, -1).astype(_double(rows), copy=False)
+    return (rows if rows.dtype == double else rows.astype(double)).reshape(1, -1)
 
 
-def _flags(begins, x):
-    return np.zeros((0, x.shape[1]), np.bool_) if begins is None else begins.numpy()
+def _flags(begins):
+    """[T] or [T, N] -> [T, N]; None -> [0, 1]"""
+    if begins is None:
+        return _NO_FLAGS
+    flags = begins.numpy()
+    return flags if flags.ndim == 2 else flags[:, None]

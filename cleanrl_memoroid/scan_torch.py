@@ -16,6 +16,7 @@ import math
 
 import torch
 
+ANY_SHAPE = False  # x is [T, N, C], see `scan.py`
 _BASE = 48  # rows; up to here, one row after the other is quickest
 _DOUBLE = {torch.float32: torch.float64, torch.complex64: torch.complex128}
 
