@@ -77,13 +77,14 @@ def recorded(script, update):
 
     class Recorder(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function.overloadpacket.__name__ in names:
-                products.append((function, args))
+            if (name := function.overloadpacket.__name__.rstrip("_")) in names:
+                products.append((getattr(torch.ops.aten, name).default, args))  # again and again, so never in place
             return function(*args, **(kwargs or {}))
 
-    def scan(*args):
-        scans.append([v.detach().clone().requires_grad_(v.requires_grad) if torch.is_tensor(v) else v for v in args])
-        return linear_scan(*args)
+    def scan(*args, **kwargs):
+        args = [v.detach().clone().requires_grad_(v.requires_grad) if torch.is_tensor(v) else v for v in args]
+        scans.append((args, kwargs))
+        return linear_scan(*args, **kwargs)
 
     script.linear_scan = scan
     with Recorder():
@@ -136,8 +137,8 @@ def contenders(script, rows, sizes):
             function(*arguments)
 
     def scan():
-        for arguments in scans:
-            h = linear_scan(*arguments)
+        for arguments, keywords in scans:
+            h = linear_scan(*arguments, **keywords)
             if h.requires_grad:
                 leaves = [v for v in arguments if torch.is_tensor(v) and v.requires_grad]
                 torch.autograd.grad(h, leaves, h.detach())

@@ -251,6 +251,40 @@ def blelloch_scan(operator, elems):
     return tuple(torch.stack(rows, 1).flatten(0, 1)[:steps] for rows in zip(even, odd))
 
 
+class Chunks(torch.autograd.Function):
+    """X^T phi(q) on a tape that is cut into N chunks of C rows. All [N, C, ...]; `episode` [N, C, 1] counts the begins so far.
+
+    The gradient is written out, as it can reuse the masks and add in place: the same products transposed, the scan in reverse.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, episode, scan):
+        end = episode[:, -1:]
+        start = F.pad(end[:-1], (0, 0, 0, 0, 1, 0), value=-1)  # the episode that runs when the chunk starts: none in the first
+        # Episodes count upwards: 1 + earlier - later is 1 if the two are the same, else 0 or less. Such a mask costs a third
+        # of a comparison, and a product with it less than a selection
+        at_end = (1 + episode - end).relu_()  # of the rows whose episode is still there at the chunk's end
+        at_start = (1 + start - episode).relu_()  # of the rows whose episode began in an earlier chunk
+        seen = (1 + episode.mT - episode).relu_().tril_()  # [N, C, C]: by this row, that earlier one
+        begins = (start < end).flatten()
+        x = scan((key * at_end).mT @ value, begins).roll(1, 0)  # the memory before each chunk; no row of the first looks at it
+        scores = (query @ key.mT).mul_(seen)
+        ctx.save_for_backward(query, key, value, at_end, at_start, seen, begins, x, scores)
+        ctx.scan = scan
+        return ((query * at_start) @ x).baddbmm_(scores, value)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        query, key, value, at_end, at_start, seen, begins, x, scores = ctx.saved_tensors
+        grad_scores = (grad @ value.mT).mul_(seen)
+        grad_x = ctx.scan(((query * at_start).mT @ grad).roll(-1, 0), begins.roll(-1), reverse=True)
+        grad_query = (grad @ x.mT).mul_(at_start).baddbmm_(grad_scores, key)
+        grad_key = (value @ grad_x.mT).mul_(at_end).baddbmm_(grad_scores.mT, query)
+        grad_value = ((key * at_end) @ grad_x).baddbmm_(scores.mT, grad)
+        return grad_query, grad_key, grad_value, None, None
+
+
 class LinearAttention(nn.Module):
     """TBB: a linear transformer as a memoroid: a sum of outer products of keys and values, which a query reads.
 
@@ -290,6 +324,17 @@ class LinearAttention(nn.Module):
         # 1e-6 as in the authors' code: phi can be 0
         return self.norm(self.mlp(weighted * (weight + 1e-6).reciprocal()).add_(skip))
 
+    def scan(self, x, begins, reverse=False):
+        """TBB: the sum X after every step, since a begin; with `reverse` from the last step back. [T, K, V + 1], [T]"""
+        if linear_scan is not None:
+            return linear_scan(1.0, x, begins, reverse=reverse)
+        identity, (x, begins) = (
+            tuple(e.to(x.device) for e in self.identity),
+            (v.flip(0) if reverse else v for v in (x, begins)),
+        )
+        x = blelloch_scan(resettable(self.operator, identity), (x, begins))[0]
+        return x.flip(0) if reverse else x
+
     def attend(self, query, key, value, begins):
         """X^T phi(q) at every row, exactly, though X itself is computed between chunks only.
 
@@ -308,22 +353,8 @@ class LinearAttention(nn.Module):
         if pad := -steps % self.chunk:
             query, key, value = (F.pad(e, (0, 0, 0, pad)) for e in (query, key, value))
             episode = F.pad(episode, (0, pad), value=steps + 1)
-        query, key, value, episode = (e.unflatten(0, (-1, self.chunk)) for e in (query, key, value, episode[:, None]))
-
-        # [T / chunk, chunk, ...] from here on. Episodes count upwards: 1 + earlier - later is 1 if the two are the same, else
-        # 0 or less. Such a mask costs a third of a comparison, and a product with it less than a selection
-        end = episode[:, -1:]
-        start = F.pad(end[:-1], (0, 0, 0, 0, 1, 0), value=-1)  # the episode that runs when the chunk starts: none in the first
-        at_end = key * (1 + episode - end).relu_()  # what the chunk leaves to the episode at its end
-        x, x_begins = at_end.mT @ value, (start < end).flatten()
-        if linear_scan is not None:
-            x = linear_scan(1.0, x, x_begins)
-        else:
-            x, _ = blelloch_scan(resettable(self.operator, tuple(e.to(x.device) for e in self.identity)), (x, x_begins))
-        x = x.roll(1, 0)  # the memory before each chunk; no row of the first one looks at it
-        before = query * (1 + start - episode).relu_()  # of the rows whose episode began in an earlier chunk
-        seen = (1 + episode.mT - episode).relu_().tril_()  # [T / chunk, chunk, chunk]: by this row, that earlier one
-        read = torch.baddbmm(before @ x, query @ key.mT * seen, value).flatten(0, 1)[:steps]
+        chunks = (e.unflatten(0, (-1, self.chunk)) for e in (query, key, value, episode[:, None]))
+        read = Chunks.apply(*chunks, self.scan).flatten(0, 1)[:steps]
         return read if spoilt is None else torch.where(spoilt[:, None], torch.nan, read)
 
     def forward(self, obs, begins):
