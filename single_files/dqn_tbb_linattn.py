@@ -1,5 +1,5 @@
 # docs: docs/linattn.md
-# Variant of single_files/dqn_tbb_ffm.py. Changed: Args, LinearAttention (was FFM), QNetwork.__init__
+# Variant of single_files/dqn_tbb_ffm.py. Changed: Args, Chunks, LinearAttention (were FFM), QNetwork.__init__
 # Memory and tape: Morad et al. (2024), "Recurrent Reinforcement Learning with Memoroids", https://arxiv.org/abs/2402.09900
 # Linear attention: Katharopoulos et al. (2020), "Transformers are RNNs", https://arxiv.org/abs/2006.16236
 """Double dueling DQN with a linear transformer, trained on a tape of whole episodes.

@@ -1,5 +1,5 @@
 # docs: docs/ppo.md
-# Variant of single_files/ppo_tbb_ffm.py. Changed: Args, LinearAttention (was FFM, enter), Agent.__init__
+# Variant of single_files/ppo_tbb_ffm.py. Changed: Args, Chunks, LinearAttention (were FFM, enter), Agent.__init__
 # Memory and tape: Morad et al. (2024), "Recurrent Reinforcement Learning with Memoroids", https://arxiv.org/abs/2402.09900
 # Linear attention: Katharopoulos et al. (2020), "Transformers are RNNs", https://arxiv.org/abs/2006.16236
 """PPO with a linear transformer, trained on a tape that carries running episodes from rollout to rollout.
