@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# The paper's figure: four tasks x four memories x tape and segments of 10 and 50. bash benchmark/dqn_popgym.sh, then
+# python benchmark/report.py. 72 runs, started so that a grid that is cut short has whole cells; WORKERS=8 runs eight at a time.
+# In a task, all arms have the same flags, and stop at the same number of steps; --batch-size makes their updates equally large.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python}
+paper='{"k":10,"num_decks":2}' # what Morad et al. (2024) call RepeatPreviousEasy; as registered it has k = 4 and one deck
+common="--batch-size 1000 --checkpoint-interval 20000"
+declare -A tasks=(
+    [previous]="popgym-RepeatPreviousEasy-v0 --env-kwargs '$paper' --gamma 0.5 --total-timesteps 50000
+        --train-frequency 64 --learning-rate 5e-4 --no-anneal-lr --tau 0.05"
+)
+
+runs() { # a task's name, seed
+    for memory in lru ffm s5 linattn; do
+        for arm in "tape: single_files/dqn_tbb_$memory.py" "segments of 10: single_files/dqn_sbb_$memory.py --segment-length 10" \
+            "segments of 50: single_files/dqn_sbb_$memory.py --segment-length 50"; do
+            echo $memory $arm --env-id ${tasks[$1]} $common --seed "$2"
+        done
+    done
+}
+
+{
+    runs previous 1
+    runs previous 2
+} | "$python" benchmark/run.py --name dqn_popgym --workers "${WORKERS:-2}" "$@"
