@@ -15,6 +15,7 @@ import numpy as np
 from tables import grouped, natural, task_name, write
 
 POINTS, REPETITIONS = 40, 2000  # of a curve over seconds; of the bootstrap
+COLUMNS = 5  # of panels, where there is one panel per environment
 GOLDEN = {"svg.hashsalt": "0", "svg.fonttype": "none"}  # the same ids each time; text as text, small and searchable
 
 
@@ -169,10 +170,14 @@ def grid_picture(rows, curve, intervals, path, axis_name):
         grouped(intervals, lambda row: (row["env_id"], row["env_kwargs"])),
     )
     unit, x_name = (1000, "global_step") if axis_name == "steps" else (1, "seconds")
-    # seconds of different panels are compared within an environment, steps are the same number for all of its arms
-    figure, axes = begin(len(panels), len(tasks), (3.4 * len(tasks) + 0.6, 2.2 * len(panels) + 0.8), sharey=True, sharex="col")
-    for column, (task, members) in enumerate(tasks.items()):
-        for axis, panel in zip(axes[:, column], panels):
+    # a column per environment; without memories to tell apart, rows of a few environments each
+    columns = len(tasks) if len(panels) > 1 else min(len(tasks), COLUMNS)
+    lines = len(panels) if len(panels) > 1 else -(-len(tasks) // columns)
+    size = (3.4 * columns + 0.6, 2.2 * lines + 0.8)
+    figure, axes = begin(lines, columns, size, sharey=True, sharex="col" if len(panels) > 1 else "none")
+    for i, (task, members) in enumerate(tasks.items()):
+        under = axes[:, i] if len(panels) > 1 else axes.flat[i : i + 1]
+        for axis, panel in zip(under, panels):
             here = [row for row in members if panel_of(row) == panel]
             for row in here:
                 if row["state"] == "done" and row["key"] in points:
@@ -190,10 +195,12 @@ def grid_picture(rows, curve, intervals, path, axis_name):
             axis.text(0.02, 0.03, note, transform=axis.transAxes, fontsize=6, va="bottom")
             axis.set(ylim=(-1.05, 1.05))
             axis.grid(alpha=0.3)
-        axes[0, column].set_title(task_name(members[0]).removeprefix("popgym-").replace(" {", "\n{"), fontsize=9)
-        axes[-1, column].set_xlabel("thousand environment steps" if axis_name == "steps" else "seconds")
-    for axis, panel in zip(axes[:, 0], panels):
+        under[0].set_title(task_name(members[0]).removeprefix("popgym-").replace(" {", "\n{"), fontsize=9)
+        under[-1].set_xlabel("thousand environment steps" if axis_name == "steps" else "seconds")
+    for axis, panel in zip(axes[:, 0], panels * lines):
         axis.set_ylabel(f"{panel}\ntraining return" if panel else "training return")
+    for axis in axes.flat[len(tasks) :] if len(panels) == 1 else []:
+        axis.remove()
     for name, color in colors.items():
         axes[0, 0].plot([], [], color=color, label=name)
     figure.legend(loc="outside lower center", ncols=min(len(colors), 6), fontsize="small")

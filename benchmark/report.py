@@ -152,6 +152,9 @@ def race_table(rows):
                 f"steps to {GOAL}": reached_text(cell, "steps_to_goal", 0),
                 f"seconds to {GOAL}": reached_text(cell, "seconds_to_goal", 1),
                 "seconds per run": ", ".join(f"{value:.0f}" for value in seconds),
+                f"last {WINDOW} in training": ", ".join(
+                    f"{float(row['training_return']):.3f}" for row in cell if row["state"] == "done"
+                ),
                 "final return": cell_text([row for row in cell if row["state"] == "done"]),
             }
         )

@@ -120,8 +120,9 @@ def read_plain_runs(folder, belong_to_grids):
 
 
 def portable(text, root):
-    """A text without what names this machine's folders."""
-    return text.replace(f"{root.resolve()}/", "").replace(str(root.resolve()), ".")
+    """A text without what names a machine's folders: this one's, or that on which a run took place."""
+    text = text.replace(f"{root.resolve()}/", "").replace(str(root.resolve()), ".")
+    return re.sub(r"(?<![\w.])/[^\s'\":]*/(?=(?:site-packages|single_files|benchmark|tests|cleanrl_memoroid|runs)/)", "", text)
 
 
 def portable_command(command, root):
