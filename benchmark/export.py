@@ -34,7 +34,7 @@ CREATE TABLE "tag_offlinerun_through" ("id" INTEGER NOT NULL PRIMARY KEY,
 
 
 def configurations(runs, root):
-    """(TensorBoard folder, configuration) of each finished run below a folder, plain or of a grid."""
+    """(name, TensorBoard folder, configuration) of each finished run below a folder, plain or of a grid."""
     import torch
 
     owned = set()
@@ -45,11 +45,12 @@ def configurations(runs, root):
             if record["state"] == "done":
                 arm = re.sub(r"[^\w.=-]+", "-", record["arm"])
                 config = {name: record[name] for name in ("env_id", "env_kwargs", "seed", "total_timesteps", "flags")}
-                yield root / record["folder"], config | {"exp_name": f"{record['grid']}.{arm}", "commit": record["commit"]}
+                config |= {"exp_name": f"{record['grid']}.{arm}", "commit": record["commit"]}
+                yield f"{record['grid']}.{record['key']}", root / record["folder"], config
     for folder in sorted(runs.glob("*/")):
         models = list(folder.glob("*.cleanrl_model"))
         if models and folder.resolve() not in owned:
-            yield folder, torch.load(models[0], weights_only=True)["args"]
+            yield folder.name, folder, torch.load(models[0], weights_only=True)["args"]
 
 
 def history(events):
@@ -64,11 +65,11 @@ def history(events):
 def export(runs, root, out, entity, project):
     """Writes every finished run below `runs` into `out`; returns how many."""
     below, entries = out / entity / project, []
-    for folder, config in configurations(runs, root):
+    for name, folder, config in configurations(runs, root):
         events = read_events(folder)
         if "charts/episodic_return" not in events.Tags()["scalars"]:
             continue
-        name, rows, text = folder.name, history(events), io.StringIO()
+        rows, text = history(events), io.StringIO()
         config |= {"task": task_name(config)}
         entry = {"id": name, "name": name, "state": "finished", "url": "", "project": project, "entity": entity}
         entry |= {"config": config, "path": [entity, project, name], "tags": [], "user": {"username": entity, "name": entity}}
