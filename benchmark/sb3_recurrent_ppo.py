@@ -16,9 +16,6 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from sb3_contrib import RecurrentPPO
-from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.vec_env import DummyVecEnv
 from timing import ROOT, load_script
 from torch.utils.tensorboard import SummaryWriter
 
@@ -59,31 +56,31 @@ class Args:
     """number of greedy episodes after training (episodes)"""
 
 
-class EpisodeReturns(BaseCallback):
-    """Logs each training episode when it ends, at the global step of that moment, as the project's scripts do."""
+class EpisodeReturns:
+    """A callback that logs each training episode when it ends, at the global step of that moment, as the project's scripts do."""
 
     def __init__(self, writer, num_envs):
-        super().__init__()
         self.writer, self.running, self.lengths = writer, np.zeros(num_envs), np.zeros(num_envs, int)
         self.last_report = time.time()
 
-    def _on_step(self):
-        self.running += self.locals["rewards"]
+    def __call__(self, its_locals, its_globals):
+        global_step = its_locals["self"].num_timesteps
+        self.running += its_locals["rewards"]
         self.lengths += 1
-        for i in np.flatnonzero(self.locals["dones"]):
-            self.writer.add_scalar("charts/episodic_return", self.running[i], self.num_timesteps)
-            self.writer.add_scalar("charts/episodic_length", self.lengths[i], self.num_timesteps)
+        for i in np.flatnonzero(its_locals["dones"]):
+            self.writer.add_scalar("charts/episodic_return", self.running[i], global_step)
+            self.writer.add_scalar("charts/episodic_length", self.lengths[i], global_step)
             self.running[i], self.lengths[i] = 0, 0
         if time.time() - self.last_report > 5:
             self.last_report = time.time()
-            print(f"global_step={self.num_timesteps}", flush=True)
+            print(f"global_step={global_step}", flush=True)
         return True
 
 
-def evaluate(model, make_env, episodes, num_envs, seed):
+def evaluate(model, envs, episodes, seed):
     """Returns of greedy episodes [episodes]; each environment has its share, so that short ones are not counted more often."""
-    envs = DummyVecEnv([make_env] * num_envs)
     envs.seed(seed)
+    num_envs = envs.num_envs
     share = np.array([len(range(i, episodes, num_envs)) for i in range(num_envs)])
     obs, states, begins, running, returns = envs.reset(), None, np.ones(num_envs, bool), np.zeros(num_envs), []
     while share.any():
@@ -106,6 +103,9 @@ class Wrapped(gym.Wrapper):
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
+    from sb3_contrib import RecurrentPPO  # here, so that --help needs no extra
+    from stable_baselines3.common.vec_env import DummyVecEnv
+
     torch.set_num_threads(1)
     script = load_script(ROOT / "single_files" / "ppo_sbb_lstm.py")  # for its environments
     thunk = script.make_env(args.env_id, script.parse_env_kwargs(args.env_kwargs))
@@ -131,7 +131,7 @@ if __name__ == "__main__":
     print(f"{args.exp_name}: {args.env_id}, {args.total_timesteps:,} steps in {args.num_envs} environments; runs/{run_name}")
     model.learn(args.total_timesteps, callback=EpisodeReturns(writer, args.num_envs))
     print(f"trained for {model.num_timesteps:,} steps, {time.time() - start_time:.1f} seconds")
-    returns = evaluate(model, lambda: Wrapped(thunk()), args.eval_episodes, args.num_envs, args.seed + 1_000_000)
+    returns = evaluate(model, envs, args.eval_episodes, args.seed + 1_000_000)
     for index, episodic_return in enumerate(returns):
         writer.add_scalar("eval/episodic_return", episodic_return, index)
     print(f"evaluation: episodic_return={np.mean(returns):.4f} ({len(returns)} greedy episodes)")
