@@ -8,8 +8,13 @@ python=${PYTHON:-python}
 paper='{"k":10,"num_decks":2}' # what Morad et al. (2024) call RepeatPreviousEasy; as registered it has k = 4 and one deck
 common="--batch-size 1000 --checkpoint-interval 20000"
 declare -A tasks=(
-    [previous]="popgym-RepeatPreviousEasy-v0 --env-kwargs '$paper' --gamma 0.5 --total-timesteps 50000
+    [previous]="popgym-RepeatPreviousEasy-v0 --env-kwargs '$paper' --total-timesteps 50000 --gamma 0.5
         --train-frequency 64 --learning-rate 5e-4 --no-anneal-lr --tau 0.05"
+    [count]="popgym-CountRecallEasy-v0 --total-timesteps 100000 --gamma 0.5
+        --train-frequency 64 --learning-rate 5e-4 --no-anneal-lr --tau 0.05"
+    [cartpole]="popgym-PositionOnlyCartPoleEasy-v0 --total-timesteps 150000 --buffer-size 200000 --exploration-fraction 0.1
+        --train-frequency 64 --learning-rate 3e-4 --tau 0.03"
+    [first]="popgym-RepeatFirstEasy-v0 --total-timesteps 75000 --train-frequency 32 --tau 0.02"
 )
 
 runs() { # a task's name, seed
@@ -21,7 +26,6 @@ runs() { # a task's name, seed
     done
 }
 
-{
-    runs previous 1
-    runs previous 2
-} | "$python" benchmark/run.py --name dqn_popgym --workers "${WORKERS:-2}" "$@"
+for round in "previous 1" "first 1" "cartpole 1" "count 1" "previous 2" "first 2"; do
+    runs $round
+done | "$python" benchmark/run.py --name dqn_popgym --workers "${WORKERS:-2}" "$@"

@@ -178,9 +178,11 @@ def start(root, folder, held, workers):
     saved = sorted(folder.glob("runs/*/checkpoint.pt"))
     log = folder / "log.txt"
     if saved and record["state"] != "failed" and record["commit"] == commit:
-        if record["state"] == "running":  # its runner was killed and could not add this piece's time: the log's last change
+        if (
+            record["state"] == "running"
+        ):  # its runner was killed and could not add this piece's time: until the last sign of life
             since = datetime.fromisoformat(record["resumed"] or record["started"]).timestamp()
-            record["seconds"] += max(0.0, log.stat().st_mtime - since)
+            record["seconds"] += max(0.0, max(log.stat().st_mtime, saved[-1].stat().st_mtime) - since)
         flags = ["--resume", str(saved[-1].parent.relative_to(folder))]
         record["resumed"] = now()
     else:
@@ -317,35 +319,25 @@ def run_here(root, folders, workers, retry_since):
         progress.bar.close()
 
 
-def run_job(root, folder, workers, retry_since):
-    """One run in a job of its own. Returns its state."""
-    held = lock(folder)
-    if held is None:
-        raise RuntimeError(f"{folder.name}: another runner is at it; start again when that has ended")
-    if is_over(read_record(folder), retry_since):
-        held.close()
-        return read_record(folder)["state"]
-    run = start(root, folder, held, workers)
-    run.process.wait()
-    return finish(root, folder, run)["state"]
-
-
 def run_jobs(root, folders, cluster, workers, parameters, retry_since):
     """Runs what is left as one array of jobs through submitit, and waits for them; `workers` is the most at a time."""
     import submitit
 
-    progress, jobs = Progress(folders), {}
-    executor = submitit.AutoExecutor(folder=folders[0].parent / "jobs", cluster=cluster)
-    limits = {"timeout_min": 24 * 60, "cpus_per_task": 1, "mem_gb": 4, "name": folders[0].parent.name}
-    executor.update_parameters(**limits | {"slurm_array_parallelism": workers} | parameters)
+    progress, todo, grid = Progress(folders), [], folders[0].parent
     for folder in folders:
         if is_over(record := read_record(folder), retry_since):
             progress.tell(record)
-    todo = [folder for folder in folders if not is_over(read_record(folder), retry_since)]
+        else:
+            todo.append(folder)
     if not todo:
         return
+    executor = submitit.AutoExecutor(folder=grid / "jobs", cluster=cluster)
+    limits = {"timeout_min": 24 * 60, "cpus_per_task": 1, "mem_gb": 4, "name": grid.name}
+    executor.update_parameters(**limits | {"slurm_array_parallelism": workers} | parameters)
+    command = [sys.executable, str(Path(__file__).resolve()), "--root", str(root), "--name", grid.name]
+    command += ["--retry-failed"] if retry_since else []
     with executor.batch():
-        submitted = [executor.submit(run_job, root, folder, workers, retry_since) for folder in todo]
+        submitted = [executor.submit(submitit.helpers.CommandFunction([*command, "--job", folder.name])) for folder in todo]
     jobs = dict(zip(todo, submitted))
     print(f"submitted {len(jobs)} jobs; their own logs are in {executor.folder}", flush=True)
     try:
@@ -370,6 +362,7 @@ def main():
     parser.add_argument("--retry-failed", action="store_true", help="start failed runs anew")
     parser.add_argument("--slurm", nargs="*", metavar="KEY=VALUE", help="as a Slurm job array, with submitit's parameters")
     parser.add_argument("--cluster", default="slurm", help="submitit's executor for --slurm; `local` needs no Slurm")
+    parser.add_argument("--job", metavar="KEY", help="only this run of a grid that exists: what a job of --slurm does")
     parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parents[1], help="the repository")
     args = parser.parse_args()
     if not re.fullmatch(r"[\w.-]+", args.name):
@@ -379,6 +372,11 @@ def main():
     root = args.root.resolve()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     signal.signal(signal.SIGHUP, lambda *_: sys.exit(128 + signal.SIGHUP))
+    retry_since = now() if args.retry_failed else None
+    if args.job:
+        folder = root / "runs" / "grids" / args.name / args.job
+        run_here(root, [folder], 1, retry_since)
+        sys.exit(read_record(folder)["state"] != "done")
     try:
         lines = [line.strip() for line in sys.stdin]
         records = [parse_line(line, root) for line in lines if line and not line.startswith("#")]
@@ -395,7 +393,6 @@ def main():
             parameters[key] = int(value) if value.isdigit() else value
     except ValueError as error:
         raise SystemExit(f"run.py: {error}") from None
-    retry_since = now() if args.retry_failed else None
     try:
         if args.slurm is None:
             run_here(root, folders, args.workers, retry_since)
