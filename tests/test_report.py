@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 STARTED = 1_700_000_000.0  # seconds since 1970, 2023-11-14T22:13:20Z
 
@@ -28,13 +28,14 @@ def report():
 
 def log(folder, training, evaluation):
     """TensorBoard events of a run: training [(step, seconds since its start, return)], evaluation [return]."""
-    writer = EventFileWriter(str(folder))
+    folder.mkdir(parents=True)
     events = [(step, seconds, "charts/episodic_return", value) for step, seconds, value in training]
     events += [(i, training[-1][1], "eval/episodic_return", value) for i, value in enumerate(evaluation)]
-    for step, seconds, tag, value in events:
-        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
-        writer.add_event(Event(wall_time=STARTED + seconds, step=step, summary=summary))
-    writer.close()
+    with open(folder / "events.out.tfevents.1", "wb") as file:
+        writer = RecordWriter(file)
+        for step, seconds, tag, value in events:
+            summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
+            writer.write(Event(wall_time=STARTED + seconds, step=step, summary=summary).SerializeToString())
 
 
 def add_run(root, arm, seed, training=(), evaluation=(), grid="tiny", **changes):
