@@ -57,7 +57,7 @@ class Args:
 
 
 class EpisodeReturns:
-    """A callback that logs each training episode when it ends, at the global step of that moment, as the project's scripts do."""
+    """A callback that logs each training episode when it ends, at the global step of then, as the project's scripts do."""
 
     def __init__(self, writer, num_envs):
         self.writer, self.running, self.lengths = writer, np.zeros(num_envs), np.zeros(num_envs, int)
