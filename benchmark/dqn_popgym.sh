@@ -10,11 +10,10 @@ common="--batch-size 1000 --checkpoint-interval 20000"
 declare -A tasks=(
     [previous]="popgym-RepeatPreviousEasy-v0 --env-kwargs '$paper' --total-timesteps 50000 --gamma 0.5
         --train-frequency 64 --learning-rate 5e-4 --no-anneal-lr --tau 0.05"
-    [count]="popgym-CountRecallEasy-v0 --total-timesteps 100000 --gamma 0.5
-        --train-frequency 64 --learning-rate 5e-4 --no-anneal-lr --tau 0.05"
+    [count]="popgym-CountRecallEasy-v0 --total-timesteps 100000 --gamma 0.5 --train-frequency 32 --tau 0.05"
     [cartpole]="popgym-PositionOnlyCartPoleEasy-v0 --total-timesteps 150000 --buffer-size 200000 --exploration-fraction 0.1
         --train-frequency 64 --learning-rate 3e-4 --tau 0.03"
-    [first]="popgym-RepeatFirstEasy-v0 --total-timesteps 75000 --train-frequency 32 --tau 0.02"
+    [first]="popgym-RepeatFirstEasy-v0 --total-timesteps 120000 --gamma 0.5 --train-frequency 32 --tau 0.02"
 )
 
 runs() { # a task's name, seed

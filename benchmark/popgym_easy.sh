@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # POPGym Easy, one memory and one set of flags per algorithm: bash benchmark/popgym_easy.sh, then python benchmark/report.py.
-# Nothing is tuned to a task, and 150,000 steps are a hundredth of the POPGym paper's 15 million. The two labyrinths need
-# popgym[navigation] and are left out.
+# Nothing is tuned to a task, and 150,000 steps are little: the script of POPGym's own baselines stops at ten million. The two
+# labyrinths need popgym[navigation] and are left out.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}

@@ -3,8 +3,8 @@
     python benchmark/sb3_recurrent_ppo.py --env-id popgym-RepeatFirstEasy-v0 --total-timesteps 100000
 
 Needs `pip install -e '.[bench]'`. Same wrappers, evaluation and TensorBoard tags as the project's scripts, so that
-benchmark/report.py reads both alike. Defaults are the library's own, in eight environments; benchmark/race.sh has what RL
-Baselines3 Zoo publishes for the one of its tasks that is also in POPGym, CartPole without velocities.
+benchmark/report.py reads both alike. Defaults are the library's own, in eight environments and with minibatches of two of
+them, 256 transitions; benchmark/race.sh has RL Baselines3 Zoo's for the one of its tasks that is also in POPGym.
 """
 
 import os
@@ -36,7 +36,7 @@ class Args:
     """the number of parallel environments"""
     num_steps: int = 128
     """the number of steps per policy rollout in each environment; the gradient is cut there (steps)"""
-    batch_size: int = 128
+    batch_size: int = 256
     """the size of a minibatch (transitions)"""
     update_epochs: int = 10
     """the number of epochs over a rollout"""
@@ -57,7 +57,7 @@ class Args:
 
 
 class EpisodeReturns:
-    """A callback that logs each training episode when it ends, at the global step of that moment, as the project's scripts do."""
+    """A callback that logs each training episode when it ends, at the global step of then, as the project's scripts do."""
 
     def __init__(self, writer, num_envs):
         self.writer, self.running, self.lengths = writer, np.zeros(num_envs), np.zeros(num_envs, int)
