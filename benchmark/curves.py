@@ -271,7 +271,7 @@ def update_picture(updates, pieces, ppo, path):
         line = [(sizes.index((r["steps"], r["envs"])), float(r["median_ms"])) for r in ppo if r["contender"] == name]
         axis.plot(*np.array(line).T, "o-" if name.startswith("ppo_") else "x--", color=f"C{i}", label=name, markersize=4)
     axis.set_xticks(range(len(sizes)), [f"{steps} x {envs}" for steps, envs in sizes])
-    axis.set(title="PPO: one pass over a rollout", xlabel="steps x environments", yscale="log")
+    axis.set(title="PPO: one minibatch", xlabel="steps x environments", yscale="log")
     for axis in axes[0]:
         axis.grid(alpha=0.3)
         if axis.get_lines():

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from curves import grid_picture, interval_rows, picture, scan_picture, update_picture
-from runs import GOAL, WINDOW, read_grids, read_plain_runs
+from records import GOAL, WINDOW, read_grids, read_plain_runs
 from tables import fill, grouped, markdown, natural, read_rows, task_name, write_rows
 
 MEASURED = ("scan", "update", "update_scan", "collect", "scan_cuda", "memory_length_summary", "ppo_update")
@@ -213,7 +213,7 @@ def is_grid(rows):
     return bool(rows) and "key" in rows[0]
 
 
-def collect(root, runs, results):
+def collect(root, runs, results, with_intervals=True):
     """Writes the CSV files of every run below a folder."""
     grids, folders = read_grids(runs, root, results)
     for name, found in read_plain_runs(runs, folders).items():
@@ -223,7 +223,10 @@ def collect(root, runs, results):
         write_rows(results / f"{name}.csv", rows)
         if curve:
             write_rows(results / f"{name}_curves.csv", curve)
-            write_rows(results / f"{name}_intervals.csv", interval_rows(rows, curve))
+            path = results / f"{name}_intervals.csv"
+            path.unlink(missing_ok=True)  # rather none than those of other curves
+            if with_intervals:
+                write_rows(path, interval_rows(rows, curve))
 
 
 def measured_tables(results):
@@ -266,11 +269,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parents[1], help="the repository")
     parser.add_argument("--runs", default="runs", help='folder of the runs below the root; "" leaves them out')
-    parser.add_argument("--no-pictures", action="store_true", help="tables only; needs no matplotlib")
+    parser.add_argument("--no-pictures", action="store_true", help="tables only; needs neither matplotlib nor rliable")
     args = parser.parse_args()
     results = args.root / "benchmark" / "results"
     if args.runs:
-        collect(args.root, args.root / args.runs, results)
+        collect(args.root, args.root / args.runs, results, with_intervals=not args.no_pictures)
     if not args.no_pictures:
         draw(results)
     tables = measured_tables(results)
