@@ -69,7 +69,7 @@ def root(tmp_path):
     add_run(tmp_path, "ffm tape", 2, steady(0.4), [0.8, 1.0])
     error = f"Traceback\nValueError: tape | too long in {tmp_path}/single_files/x.py\nexit status 1"
     add_run(tmp_path, "ffm tape", 3, steady(-1.0), [-1.0], state="failed", exit_status=1, error=error)
-    add_run(tmp_path, "ffm segments", 1, steady(0.1), [0.25])
+    add_run(tmp_path, "ffm segments", 1, steady(0.1), [0.25], dirty=True)
     add_run(tmp_path, "ffm segments", 2, state="waiting", seconds=0.0, started=None, exit_status=None, commit=None)
     return tmp_path
 
@@ -111,6 +111,7 @@ def test_table_counts_finished_runs_and_names_the_others(report, root, means_of_
     assert "failed: popgym-A-v0, ffm tape, seed 3: `ValueError: tape | too long in single_files/x.py (exit status 1)`" in text
     assert "unfinished: popgym-A-v0, ffm segments, seed 2" in text
     assert "3 of 5 done, 1 failed, 1 unfinished; greedy return of the final network over 1 or 2 episodes" in text
+    assert "code of 0123456, 0123456 with changes;" in text
     assert str(root) not in text
     assert report.markdown([{"a": "|h|"}], ["a"]).splitlines()[-1] == "| \\|h\\| |"  # a bar would start a cell
 
@@ -177,10 +178,11 @@ def test_a_published_number_stands_beside_ours(report, root, means_of_runs):
     for path in root.glob("runs/grids/*/*/record.json"):
         path.write_text(path.read_text().replace("grids/tiny", "grids/popgym_easy"))
     (root / "README.md").write_text("<!-- results: popgym_easy -->\n<!-- end results -->\n")
-    (root / "benchmark" / "popgym_reference.csv").write_text("# a paper\nenv_id,return\npopgym-A-v0,0.9\n")
+    (root / "benchmark" / "popgym_reference.csv").write_text('# Of a paper.\nenv_id,"PPO, GRU"\npopgym-A-v0,0.9\n')
     collect(report, root)
     text = make(root, "--runs", "", "--no-pictures")
-    assert "| environment | steps | ffm segments | ffm tape | reference |" in text
+    assert "| environment | steps | ffm segments | ffm tape | PPO, GRU |" in text
+    assert "mean ± sd over seeds. Of a paper." in text
     assert "| A-v0 | 100 | 0.250 (1 of 2 done, 1 unfinished) | 0.750 ± 0.150 (2 of 3 done, 1 failed) | 0.9 |" in text
 
 
