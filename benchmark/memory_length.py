@@ -36,7 +36,7 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import torch
-from report import write
+from tables import write
 from timing import ROOT, load_script, print_table, set_up, write_csv
 
 

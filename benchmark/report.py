@@ -1,128 +1,46 @@
-"""Turns finished runs and benchmark files into the tables and the picture of README.md and docs/.
+"""Turns finished runs and benchmark files into the tables and the pictures of README.md and docs/.
 
     python benchmark/report.py                    # from runs/ and benchmark/results/*.csv
     python benchmark/report.py --runs ""          # from the committed benchmark/results/*.csv alone
 
 Runs of one name (a script's, or what --exp-name says) become benchmark/results/NAME.csv (a row per run: the greedy return of
-its final network) and NAME_curves.csv (training returns in bins of steps); these become NAME.png and the Markdown tables
-between `<!-- results: NAME -->` and `<!-- end results -->`. Where runs in one environment were given different flags, those
-that differ stand in the column `flags`. Nothing is typed by hand.
+its final network) and NAME_curves.csv (training returns in bins of steps); these become NAME.png, NAME.svg and the Markdown
+tables between `<!-- results: NAME -->` and `<!-- end results -->`. Where runs in one environment were given different flags,
+those that differ stand in the column `flags`. Nothing is typed by hand.
+
+Runs of a grid (benchmark/run.py: runs/grids/NAME) become the same files, and besides NAME_intervals.csv (interquartile means
+over the seeds with bootstrap intervals), NAME_seconds.png and .svg (the same curves over wall time), and the table
+NAME_runs. A run that failed or has not ended is named, and is no part of any mean. Returns are those of the agent at that
+time, never the best so far.
 """
 
 import argparse
-import csv
-import io
-import re
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+from curves import grid_picture, interval_rows, picture, scan_picture, update_picture
+from records import GOAL, WINDOW, read_grids, read_plain_runs
+from tables import fill, grouped, markdown, natural, read_rows, task_name, write_rows
 
-BINS = 40  # points of a curve
-NOT_COMPARED = {"exp_name", "seed", "env_id", "env_kwargs", "total_timesteps", "torch_threads", "track", "checkpoint_interval"}
-NOT_COMPARED |= {"eval_episodes", "minibatch_size", "num_iterations"}
-
-
-def read_run(folder):
-    """(row of results, rows of the curve, arguments) of a finished run, or None."""
-    import torch
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    models = list(folder.glob("*.cleanrl_model"))
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0}).Reload()
-    if not models or "eval/episodic_return" not in events.Tags()["scalars"]:
-        return None
-    args = torch.load(models[0], weights_only=True)["args"]
-    evaluation, training = events.Scalars("eval/episodic_return"), events.Scalars("charts/episodic_return")
-    returns = [e.value for e in evaluation]
-    name, _, arm = args["exp_name"].partition(".")
-    run = {"name": name, "env_id": args["env_id"], "env_kwargs": args["env_kwargs"], "flags": arm}
-    run["seed"] = args["seed"]
-    result = run | {
-        "total_timesteps": args["total_timesteps"],
-        "greedy_return": f"{np.mean(returns):.4f}",
-        "lowest": f"{min(returns):.4f}",
-        "episodes": len(returns),
-        "seconds": f"{evaluation[-1].wall_time - events.FirstEventTimestamp():.1f}",  # from the first log to the last
-    }
-    edges = np.linspace(0, args["total_timesteps"], BINS + 1)
-    which = np.digitize([e.step for e in training], edges)
-    values = np.array([e.value for e in training])
-    curve = [
-        run | {"global_step": int(edges[i]), "episodic_return": f"{values[which == i].mean():.4f}"}
-        for i in range(1, BINS + 1)
-        if (which == i).any()
-    ]
-    result["steps_to_half"] = next((row["global_step"] for row in curve if float(row["episodic_return"]) >= 0.5), "")
-    return result, curve, args
+MEASURED = ("scan", "update", "update_scan", "collect", "scan_cuda", "memory_length_summary", "ppo_update")
 
 
-def flag_differences(found):
-    """Fills in `flags` for runs of one name: what differs between those in one environment. A tape has no segment_length."""
-    groups = defaultdict(list)
-    for result, curve, args in found:
-        if not result["flags"]:  # no arm
-            groups[result["env_id"], result["env_kwargs"]].append((result, curve, args))
-    for members in groups.values():
-        names = dict.fromkeys(name for *_, args in members for name in args if name not in NOT_COMPARED)
-        values = {name: {str(args[name]) for *_, args in members if name in args} for name in names}
-        both = len({"segment_length" in args for *_, args in members}) > 1  # tapes and segments
-        differ = [name for name in names if len(values[name]) > 1 or (name == "segment_length" and both)]
-        for result, curve, args in members:
-            flags = [f"{name}={args[name]}" for name in differ if name in args and name != "segment_length"]
-            if "segment_length" in differ:
-                flags.insert(0, f"segment_length={args['segment_length']}" if "segment_length" in args else "tape")
-            for row in (result, *curve):
-                row["flags"] = " ".join(flags)
-
-
-def natural(value):
-    """A key to sort texts by that takes numbers in them as numbers."""
-    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", str(value))]
-
-
-def write(path, text):
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(text if isinstance(text, bytes) else text.encode())
-    partial.replace(path)
-    print(f"wrote {path}")
-
-
-def write_rows(path, rows):
-    out = io.StringIO()
-    writer = csv.DictWriter(out, rows[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write(path, out.getvalue())
-
-
-def read_rows(path):
-    """Rows of a CSV file as dicts, and its leading comment."""
-    lines = path.read_text().splitlines()
-    comment = [line[1:].strip() for line in lines if line.startswith("#")]
-    return list(csv.DictReader(line for line in lines if not line.startswith("#"))), " ".join(comment)
-
-
-def markdown(rows, columns):
-    lines = [columns, ["---"] * len(columns), *([row[c] for c in columns] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def mean_and_spread(values):
+    return f"{np.mean(values):.3f} ± {np.std(values):.3f}"
 
 
 def run_table(rows):
     """One row per environment and set of flags; every seed's return, and when its mean training return first was 0.5."""
-    groups = defaultdict(list)
-    for row in rows:
-        groups[row["env_id"], row["env_kwargs"], row["flags"], row["total_timesteps"]].append(row)
     table = []
-    for (env_id, env_kwargs, flags, steps), members in groups.items():
-        returns = np.array([float(m["greedy_return"]) for m in members])
+    for members in grouped(rows, lambda r: (r["env_id"], r["env_kwargs"], r["flags"], r["total_timesteps"])).values():
+        returns = [float(m["greedy_return"]) for m in members]
         seconds = [float(m["seconds"]) for m in members]
         table.append(
             {
-                "environment": env_id + ("" if env_kwargs == "{}" else f" {env_kwargs}"),
-                "flags": flags,
-                "steps": f"{int(steps):,}",
-                "greedy return, mean ± sd": f"{returns.mean():.3f} ± {returns.std():.3f}",
+                "environment": task_name(members[0]),
+                "flags": members[0]["flags"],
+                "steps": f"{int(members[0]['total_timesteps']):,}",
+                "greedy return, mean ± sd": mean_and_spread(returns),
                 "each seed": ", ".join(f"{r:.3f}" for r in returns),
                 "trains at 0.5 from (thousand steps)": ", ".join(
                     f"{int(m['steps_to_half']) / 1000:.3g}" if m["steps_to_half"] else "never" for m in members
@@ -133,82 +51,186 @@ def run_table(rows):
     return markdown(table, [name for name in table[0] if name != "flags" or any(row["flags"] for row in table)])
 
 
-def picture(curves, path):
-    import matplotlib
+def states(cell):
+    """What became of a cell's runs, in words: "3 of 3 done", "1 of 3 done, 1 failed, 1 unfinished"."""
+    done, failed = (sum(row["state"] == state for row in cell) for state in ("done", "failed"))
+    counts = [f"{done} of {len(cell)} done", f"{failed} failed", f"{len(cell) - done - failed} unfinished"]
+    return ", ".join(text for text in counts if not text.startswith("0 ") or text is counts[0])
 
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "0"
-    import matplotlib.pyplot as plt
 
-    environments = list(dict.fromkeys((row["env_id"], row["env_kwargs"]) for row in curves))
-    width = 8 if any(row["flags"] for row in curves) else 5  # inches, with room for a legend
-    figure, axes = plt.subplots(
-        1, len(environments), figsize=(width * len(environments), 3), squeeze=False, layout="constrained"
-    )
-    for axis, (env_id, env_kwargs) in zip(axes[0], environments):
-        lines = defaultdict(list)
-        for row in curves:
-            if (row["env_id"], row["env_kwargs"]) == (env_id, env_kwargs):
-                lines[row["flags"], row["seed"]].append((int(row["global_step"]) / 1000, float(row["episodic_return"])))
-        colors = {flags: f"C{i}" for i, flags in enumerate(dict.fromkeys(flags for flags, _ in lines))}
-        seeds = {seed for _, seed in lines}
-        for (flags, _), points in lines.items():
-            axis.plot(*np.array(points).T, color=colors[flags], alpha=0.6)
-        if len(colors) > 1:
-            for flags, color in colors.items():
-                axis.plot([], [], color=color, label=flags)
-            axis.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
-        axis.set(
-            title=f"{env_id}{'' if env_kwargs == '{}' else chr(10) + env_kwargs}, {len(seeds)} seeds",
-            xlabel="thousand environment steps",
-            ylabel="training return",
-            ylim=(-1.05, 1.05),
+def steps_text(rows):
+    """The budget of some runs, which a table states: one number where all had the same."""
+    steps = sorted({int(row["total_timesteps"]) for row in rows if row["total_timesteps"]})
+    return " to ".join(f"{n:,}" for n in (steps[:1] + steps[-1:] if len(steps) > 1 else steps)) or "not known yet"
+
+
+def final_return(row):
+    """The greedy return of the final network; of a program that does not evaluate, of its last episodes in training."""
+    return float(row["greedy_return"] or row["training_return"])
+
+
+def cell_text(cell):
+    """Mean ± standard deviation over a cell's finished runs, and how many those are where some are missing."""
+    values = [final_return(row) for row in cell if row["state"] == "done"]
+    text = "" if not values else f"{values[0]:.3f}" if len(values) == 1 else mean_and_spread(values)
+    missing = "" if len(values) == len(cell) else states(cell)
+    return f"{text} ({missing})" if text and missing else text or missing
+
+
+def trouble(rows):
+    """A list of the runs that failed, each with the last line of its log, and of those that have not ended; or ""."""
+    lines = [
+        f"- failed: {task_name(row)}, {row['arm']}, seed {row['seed']}: `{row['error'].replace('`', chr(39)) or 'no log'}`"
+        for row in rows
+        if row["state"] == "failed"
+    ]
+    unfinished = grouped((r for r in rows if r["state"] not in ("done", "failed")), lambda r: (task_name(r), r["arm"]))
+    lines += [
+        f"- unfinished: {task}, {arm}, seed {', '.join(str(row['seed']) for row in cell)}"
+        for (task, arm), cell in unfinished.items()
+    ]
+    return "\n\n" + "\n".join(lines) if lines else ""
+
+
+def evaluation_text(rows):
+    """How the returns of a table were measured, from the rows."""
+    done = [row for row in rows if row["state"] == "done"]
+    greedy = sorted({int(row["episodes"]) for row in done if row["greedy_return"]})
+    texts = [f"greedy return of the final network over {' or '.join(map(str, greedy))} episodes"] if greedy else []
+    if any(not row["greedy_return"] for row in done):
+        texts.append(f"of programs that do not evaluate: training return of the last {WINDOW} episodes")
+    devices = {row["device"] for row in done if row["device"]}
+    commits = {row["commit"][:7] + (" with changes" if str(row["dirty"]) == "True" else "") for row in done if row["commit"]}
+    texts = texts or ["no run has ended yet"]
+    texts += ["device: " + ", ".join(sorted(devices))] if devices else []
+    texts += ["code of " + ", ".join(sorted(commits))] if commits else []
+    return "; ".join([states(rows), *texts, "mean ± sd over seeds"])
+
+
+def crossed_table(rows):
+    """Arms as rows, environments as columns."""
+    tasks, table = grouped(rows, task_name), []
+    heads = {task: f"{task.removeprefix('popgym-')}, {steps_text(members)} steps" for task, members in tasks.items()}
+    for arm, members in sorted(grouped(rows, lambda row: row["arm"]).items(), key=lambda item: natural(item[0])):
+        cells = grouped(members, task_name)
+        table.append({"arm": arm} | {heads[task]: cell_text(cells[task]) if task in cells else "" for task in tasks})
+    return f"{evaluation_text(rows)}\n\n{markdown(table, ['arm', *heads.values()])}{trouble(rows)}"
+
+
+def reference_table(rows, published, source):
+    """Environments as rows, arms as columns, and beside them what others published: an env_id and columns of their own."""
+    if published and "env_id" not in published[0]:
+        raise ValueError(f"popgym_reference.csv: expected a column env_id, got {', '.join(published[0])}; rename one")
+    table, arms, theirs = [], sorted({row["arm"] for row in rows}, key=natural), {row["env_id"]: row for row in published}
+    columns = [name for name in (published[0] if published else {}) if name != "env_id"]
+    for task, members in grouped(rows, task_name).items():
+        cells = grouped(members, lambda row: row["arm"])
+        row = {"environment": task.removeprefix("popgym-"), "steps": steps_text(members)}
+        row |= {arm: cell_text(cells[arm]) if arm in cells else "" for arm in arms}
+        table.append(row | {name: theirs.get(members[0]["env_id"], {}).get(name, "") for name in columns})
+    text = ". ".join(part for part in (evaluation_text(rows), source) if part)
+    return f"{text}\n\n{markdown(table, ['environment', 'steps', *arms, *columns])}{trouble(rows)}"
+
+
+def reached_text(cell, column, digits):
+    """When each finished run of a cell reached the goal. A run that went on after a stop has no clock of its own."""
+    texts = []
+    for row in cell:
+        if row["state"] == "done":
+            never = "stopped meanwhile" if row["steps_to_goal"] != "" and row[column] == "" else "never"
+            texts.append(f"{float(row[column]):,.{digits}f}" if row[column] != "" else never)
+    return ", ".join(texts)
+
+
+def race_table(rows):
+    """Who gets to GOAL first, by steps and by the clock: a row per environment and arm, every seed."""
+    table = []
+    for (task, arm), cell in grouped(rows, lambda row: (task_name(row), row["arm"])).items():
+        seconds = [float(row["seconds"]) for row in cell if row["state"] == "done"]
+        table.append(
+            {
+                "environment": task.removeprefix("popgym-"),
+                "arm": arm,
+                "budget (steps)": steps_text(cell),
+                "runs": states(cell),
+                f"steps to {GOAL}": reached_text(cell, "steps_to_goal", 0),
+                f"seconds to {GOAL}": reached_text(cell, "seconds_to_goal", 1),
+                "seconds per run": ", ".join(f"{value:.0f}" for value in seconds),
+                f"last {WINDOW} in training": ", ".join(
+                    f"{float(row['training_return']):.3f}" for row in cell if row["state"] == "done"
+                ),
+                "final return": cell_text([row for row in cell if row["state"] == "done"]),
+            }
         )
-        axis.grid(alpha=0.3)
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=110, metadata={"Software": None})
-    write(path, out.getvalue())
+    started = [float(row["start_up"]) for row in rows if row["start_up"]]
+    start = f"to the first log {min(started):.1f} to {max(started):.1f} s" if started else "no start recorded"
+    workers = " or ".join(sorted({str(row["workers"]) for row in rows if row["workers"]})) or "an unknown number of"
+    text = (
+        f"{evaluation_text(rows)}. The goal is reached at the first episode in training, exploration included, that brings "
+        f"the mean return of the last {WINDOW} to {GOAL}. Seconds count from the start of the process ({start}), {workers} "
+        "runs at a time; seeds stand in order."
+    )
+    return f"{text}\n\n{markdown(table, list(table[0]))}{trouble(rows)}"
 
 
-def fill(root, tables):
-    """Puts each table between its markers in README.md and docs/."""
-    for page in [root / "README.md", *sorted((root / "docs").glob("*.md"))]:
-        text = page.read_text()
-        for name, table in tables.items():
-            begin, end = f"<!-- results: {name} -->\n", "<!-- end results -->"
-            if begin in text:
-                head, rest = text.split(begin, 1)
-                text = head + begin + table + "\n" + rest[rest.index(end) :]
-        if text != page.read_text():
-            write(page, text)
+def long_table(rows):
+    """A row per environment and arm of a grid, every seed."""
+    table = []
+    for (task, arm), cell in grouped(rows, lambda row: (task_name(row), row["arm"])).items():
+        done = [row for row in cell if row["state"] == "done"]
+        seconds = [float(row["seconds"]) for row in done]
+        table.append(
+            {
+                "environment": task,
+                "arm": arm,
+                "steps": steps_text(cell),
+                "runs": states(cell),
+                "return, mean ± sd": mean_and_spread([final_return(row) for row in done]) if done else "",
+                "each seed": ", ".join(f"{row['seed']}: {final_return(row):.3f}" for row in done),
+                f"trains at {GOAL} from (steps)": reached_text(cell, "steps_to_goal", 0),
+                "seconds per run": f"{min(seconds):.0f} to {max(seconds):.0f}" if seconds else "",
+            }
+        )
+    return f"{evaluation_text(rows)}\n\n{markdown(table, list(table[0]))}{trouble(rows)}"
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parents[1], help="the repository")
-    parser.add_argument("--runs", default="runs", help='folder of the runs below the root; "" leaves them out')
-    parser.add_argument("--no-pictures", action="store_true", help="tables only; needs no matplotlib")
-    args = parser.parse_args()
-    results = args.root / "benchmark" / "results"
-    names = defaultdict(list)
-    for folder in sorted((args.root / args.runs).glob("*/")) if args.runs else []:
-        if (found := read_run(folder)) is not None:
-            names[found[0]["name"]].append(found)
-        else:
-            print(f"{folder.name}: not finished, left out")
-    for name, found in names.items():
-        flag_differences(found)
-        found.sort(key=lambda run: [natural(run[0][column]) for column in ("env_id", "env_kwargs", "flags", "seed")])
+def grid_tables(name, rows, results):
+    """{marker: table} of a grid."""
+    if name == "race":
+        table = race_table(rows)
+    elif name == "popgym_easy":
+        path = results.parent / "popgym_reference.csv"
+        table = reference_table(rows, *(read_rows(path) if path.exists() else ([], "")))
+    else:
+        table = crossed_table(rows)
+    return {name: table, f"{name}_runs": long_table(rows)}
+
+
+def is_grid(rows):
+    """Is a CSV file of results that of a grid, and not of plain runs?"""
+    return bool(rows) and "key" in rows[0]
+
+
+def collect(root, runs, results, with_intervals=True):
+    """Writes the CSV files of every run below a folder."""
+    grids, folders = read_grids(runs, root, results)
+    for name, found in read_plain_runs(runs, folders).items():
         write_rows(results / f"{name}.csv", [result for result, *_ in found])
         write_rows(results / f"{name}_curves.csv", [row for _, curve, _ in found for row in curve])
+    for name, (rows, curve) in grids.items():
+        write_rows(results / f"{name}.csv", rows)
+        if curve:
+            write_rows(results / f"{name}_curves.csv", curve)
+            path = results / f"{name}_intervals.csv"
+            path.unlink(missing_ok=True)  # rather none than those of other curves
+            if with_intervals:
+                write_rows(path, interval_rows(rows, curve))
 
+
+def measured_tables(results):
+    """{marker: table} of the files that benchmarks without runs write."""
     tables = {}
-    for path in sorted(results.glob("*_curves.csv")):
-        name = path.stem.removesuffix("_curves")
-        if not args.no_pictures:
-            picture(read_rows(path)[0], results / f"{name}.png")
-        tables[name] = run_table(read_rows(results / f"{name}.csv")[0])
-    for name in ("scan", "update", "update_scan", "collect", "scan_cuda", "memory_length_summary", "ppo_update"):
+    for name in MEASURED:
         if (path := results / f"{name}.csv").exists():
             rows, where = read_rows(path)
             if name == "update":  # every part of the parent's update, and of all others the whole and the parts that differ
@@ -218,4 +240,49 @@ if __name__ == "__main__":
                 tables["update_all"] = f"{where}\n\n{markdown(most, list(rows[0]))}" if most else where
                 rows = [row for row in rows if row["script"] == "dqn_tbb_ffm"]
             tables[name] = f"{where}\n\n{markdown(rows, list(rows[0]))}"
+    return tables
+
+
+def draw(results):
+    """Writes every picture, from the CSV files alone."""
+
+    def rows(name):
+        return read_rows(path)[0] if (path := results / f"{name}.csv").exists() else []
+
+    for path in sorted(results.glob("*_curves.csv")):
+        name = path.stem.removesuffix("_curves")
+        if is_grid(found := rows(name)):
+            for axis, ending in (("steps", ""), ("seconds", "_seconds")):
+                grid_picture(found, rows(f"{name}_curves"), rows(f"{name}_intervals"), results / f"{name}{ending}", axis)
+        else:
+            picture(rows(f"{name}_curves"), results / name)
+    for name in ("scan", "scan_cuda"):
+        if found := rows(name):
+            scan_picture(found, results / name)
+    if updates := rows("update"):
+        update_picture(updates, rows("update_scan"), rows("ppo_update"), results / "update")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parents[1], help="the repository")
+    parser.add_argument("--runs", default="runs", help='folder of the runs below the root; "" leaves them out')
+    parser.add_argument("--no-pictures", action="store_true", help="tables only; needs neither matplotlib nor rliable")
+    args = parser.parse_args()
+    results = args.root / "benchmark" / "results"
+    if args.runs:
+        collect(args.root, args.root / args.runs, results, with_intervals=not args.no_pictures)
+    if not args.no_pictures:
+        draw(results)
+    tables = measured_tables(results)
+    for path in sorted(results.glob("*.csv")):
+        rows, _ = read_rows(path)
+        if is_grid(rows) and "state" in rows[0]:
+            tables |= grid_tables(path.stem, rows, results)
+        elif (results / f"{path.stem}_curves.csv").exists():
+            tables[path.stem] = run_table(rows)
     fill(args.root, tables)
+
+
+if __name__ == "__main__":
+    main()

@@ -61,9 +61,9 @@ def set_up(args):
 
 
 def device_name(device):
-    import torch
-
     if device == "cuda":
+        import torch
+
         return torch.cuda.get_device_name()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -1,0 +1,307 @@
+"""benchmark/report.py on hand-made runs: what it counts, what it names, and that pictures follow from the CSV files alone."""
+
+import csv
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+STARTED = 1_700_000_000.0  # seconds since 1970, 2023-11-14T22:13:20Z
+
+
+@pytest.fixture(scope="module")
+def report():
+    sys.path.append(str(ROOT / "benchmark"))
+    import report
+
+    return report
+
+
+def log(folder, training, evaluation):
+    """TensorBoard events of a run: training [(step, seconds since its start, return)], evaluation [return]."""
+    folder.mkdir(parents=True)
+    events = [(step, seconds, "charts/episodic_return", value) for step, seconds, value in training]
+    events += [(i, training[-1][1], "eval/episodic_return", value) for i, value in enumerate(evaluation)]
+    with open(folder / "events.out.tfevents.1", "wb") as file:
+        writer = RecordWriter(file)
+        for step, seconds, tag, value in events:
+            summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
+            writer.write(Event(wall_time=STARTED + seconds, step=step, summary=summary).SerializeToString())
+
+
+def add_run(root, arm, seed, training=(), evaluation=(), grid="tiny", **changes):
+    """A run of a grid with its record. It ran for a hundred steps at most."""
+    folder = root / "runs" / "grids" / grid / f"{arm}-{seed}".replace(" ", "-")
+    folder.mkdir(parents=True)
+    record = {"grid": grid, "key": folder.name, "script": "single_files/dqn_tbb_ffm.py", "arm": arm, "env_id": "popgym-A-v0"}
+    record |= {"env_kwargs": "{}", "seed": seed, "total_timesteps": 100, "flags": [], "dirty": False, "workers": 2}
+    record |= {"command": [f"{root}/.venv/bin/python3", "single_files/dqn_tbb_ffm.py", "--env-kwargs", '{"k": 2}']}
+    record |= {"commit": "0123456789", "versions": {"torch": "2.6"}, "device": "a CPU", "started": "2023-11-14T22:13:20+00:00"}
+    record |= {"seconds": 12.0, "exit_status": 0, "state": "done", "error": None, "folder": None, "resumed": None}
+    if training:
+        log(folder / "runs" / "it", list(training), evaluation)
+        record["folder"] = str((folder / "runs" / "it").relative_to(root))
+    (folder / "record.json").write_text(json.dumps(record | changes))
+
+
+def steady(value, seconds=1.0):
+    """A run that returns `value` ten times: an episode ends every ten steps and every so many seconds."""
+    return [(10 * i, 2 + seconds * i, value) for i in range(1, 11)]
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A repository whose grid has two arms; one lost a run to an error, one waits for a run."""
+    (tmp_path / "benchmark" / "results").mkdir(parents=True)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text("<!-- results: tiny -->\n<!-- end results -->\n")
+    add_run(tmp_path, "ffm tape", 1, steady(0.2), [0.5, 0.7])
+    add_run(tmp_path, "ffm tape", 2, steady(0.4), [0.8, 1.0])
+    error = f"Traceback\nValueError: tape | too long in {tmp_path}/single_files/x.py\nexit status 1"
+    add_run(tmp_path, "ffm tape", 3, steady(-1.0), [-1.0], state="failed", exit_status=1, error=error)
+    add_run(tmp_path, "ffm segments", 1, steady(0.1), [0.25], dirty=True)
+    add_run(tmp_path, "ffm segments", 2, state="waiting", seconds=0.0, started=None, exit_status=None, commit=None)
+    return tmp_path
+
+
+def make(root, *flags):
+    command = [sys.executable, ROOT / "benchmark" / "report.py", "--root", root, *flags]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return (root / "README.md").read_text()
+
+
+def rows_of(root, name):
+    with open(root / "benchmark" / "results" / f"{name}.csv") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def means_of_runs(report, monkeypatch):
+    """rliable is no requirement of the tests; without its intervals, the mean."""
+    import curves
+
+    def mean(scores):
+        return scores.mean(0), scores.min(0), scores.max(0)
+
+    monkeypatch.setattr(curves, "interquartile_means", mean)
+
+
+def collect(report, root):
+    report.collect(root, root / "runs", root / "benchmark" / "results")
+
+
+def test_table_counts_finished_runs_and_names_the_others(report, root, means_of_runs):
+    collect(report, root)
+    text = make(root, "--runs", "", "--no-pictures")
+    (tape,) = re.findall(r"\| ffm tape \| (.*) \|", text)
+    assert tape == "0.750 ± 0.150 (2 of 3 done, 1 failed)"  # mean of 0.6 and 0.9: the failed run's -1 is not in it
+    (segments,) = re.findall(r"\| ffm segments \| (.*) \|", text)
+    assert segments == "0.250 (1 of 2 done, 1 unfinished)"
+    assert "failed: popgym-A-v0, ffm tape, seed 3: `ValueError: tape | too long in single_files/x.py (exit status 1)`" in text
+    assert "unfinished: popgym-A-v0, ffm segments, seed 2" in text
+    assert "3 of 5 done, 1 failed, 1 unfinished; greedy return of the final network over 1 or 2 episodes" in text
+    assert "code of 0123456, 0123456 with changes;" in text
+    assert str(root) not in text
+    assert report.markdown([{"a": "|h|"}], ["a"]).splitlines()[-1] == "| \\|h\\| |"  # a bar would start a cell
+
+
+def test_rows_say_what_ran(report, root, means_of_runs):
+    collect(report, root)
+    rows = {row["key"]: row for row in rows_of(root, "tiny")}
+    assert len(rows) == 5
+    row = rows["ffm-tape-1"]
+    assert row["command"] == "python single_files/dqn_tbb_ffm.py --env-kwargs '{\"k\": 2}'"
+    assert (row["commit"], row["versions"], row["device"], row["seconds"]) == ("0123456789", "torch 2.6", "a CPU", "12.0")
+    assert (row["memory"], row["batching"], row["start_up"]) == ("ffm", "tape", "3.0")  # the first event came at 3 s
+    assert rows["ffm-tape-3"]["greedy_return"] == "" and rows["ffm-tape-3"]["state"] == "failed"
+    assert {row["key"] for row in rows_of(root, "tiny_curves")} == {"ffm-tape-1", "ffm-tape-2", "ffm-segments-1"}
+    assert str(root) not in (root / "benchmark" / "results" / "tiny.csv").read_text()
+
+
+def test_curves_hold_current_returns_by_steps_and_seconds(report, root, means_of_runs):
+    """A run that gets worse is shown getting worse; seconds count from the start of the process."""
+    falling = [(10 * i, 2 + i, 1.0 if i <= 5 else -1.0) for i in range(1, 11)]
+    add_run(root, "other", 1, falling, [0.0])
+    collect(report, root)
+    curve = [row for row in rows_of(root, "tiny_curves") if row["key"] == "other-1"]
+    assert [float(row["episodic_return"]) for row in curve] == [1.0] * 5 + [-1.0] * 5
+    assert [float(row["seconds"]) for row in curve] == [3.0 + i for i in range(10)]
+    band = [r for r in rows_of(root, "tiny_intervals") if (r["arm"], r["axis"]) == ("ffm tape", "steps")]
+    assert {(row["iqm"], row["runs"]) for row in band} == {("0.3000", "2")}  # of the two that ended well
+
+
+def test_steps_to_the_goal_are_those_of_the_first_full_window(report, tmp_path):
+    import records
+
+    learned = [(10 * i, 2 + i, 0.0 if i <= 150 else 1.0) for i in range(1, 301)]
+    add_run(tmp_path, "a", 1, learned, [1.0], total_timesteps=3000)
+    add_run(tmp_path, "b", 1, learned[:99], [1.0], total_timesteps=3000)  # less than a window
+    add_run(tmp_path, "c", 1, learned, [1.0], total_timesteps=3000, resumed="2023-11-14T23:13:20+00:00")
+    add_run(tmp_path, "d", 1, learned[:200], (), total_timesteps=3000)  # a program that does not evaluate, and is half way
+    a, b, c, d = (records.read_record(path, tmp_path)[0] for path in sorted(tmp_path.glob("runs/grids/tiny/*/record.json")))
+    assert (a["steps_to_goal"], a["seconds_to_goal"]) == (2450, "247.0")  # episode 245: 95 of the last 100 returned 1
+    assert (b["steps_to_goal"], b["seconds_to_goal"]) == ("", "")
+    assert (c["steps_to_goal"], c["seconds_to_goal"]) == (2450, "")  # its clock ran while it did not
+    assert (d["greedy_return"], d["training_return"], d["steps_to_goal"]) == ("", "0.5000", "")
+    add_run(tmp_path, "lost", 1, folder="runs/grids/tiny/gone")
+    lost, points = records.read_record(tmp_path / "runs/grids/tiny/lost-1/record.json", tmp_path)
+    assert lost["state"] == "failed" and "missing" in lost["error"] and points == []
+    text = report.race_table([{name: str(value) for name, value in row.items()} for row in (a, b, c, d, lost)])
+    assert "| A-v0 | a | 3,000 | 1 of 1 done | 2,450 | 247.0 |" in text and "| 1 of 1 done | never | never |" in text
+    assert "| c | 3,000 | 1 of 1 done | 2,450 | stopped meanwhile |" in text and "0 of 1 done, 1 failed" in text
+
+
+def test_runs_of_another_machine_stay(report, root, means_of_runs):
+    """The committed CSV files may hold results of runs that are not here, or that merely wait here."""
+    collect(report, root)
+    before = rows_of(root, "tiny"), rows_of(root, "tiny_curves")
+    shutil.rmtree(root / "runs" / "grids" / "tiny" / "ffm-tape-1")
+    record = root / "runs" / "grids" / "tiny" / "ffm-tape-2" / "record.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"state": "waiting", "folder": None}))
+    collect(report, root)
+    assert (rows_of(root, "tiny"), rows_of(root, "tiny_curves")) == before
+
+
+def test_a_published_number_stands_beside_ours(report, root, means_of_runs):
+    (root / "runs" / "grids" / "tiny").rename(root / "runs" / "grids" / "popgym_easy")
+    for path in root.glob("runs/grids/*/*/record.json"):
+        path.write_text(path.read_text().replace("grids/tiny", "grids/popgym_easy"))
+    (root / "README.md").write_text("<!-- results: popgym_easy -->\n<!-- end results -->\n")
+    (root / "benchmark" / "popgym_reference.csv").write_text('# Of a paper.\nenv_id,"PPO, GRU"\npopgym-A-v0,0.9\n')
+    collect(report, root)
+    text = make(root, "--runs", "", "--no-pictures")
+    assert "| environment | steps | ffm segments | ffm tape | PPO, GRU |" in text
+    assert "mean ± sd over seeds. Of a paper." in text
+    assert "| A-v0 | 100 | 0.250 (1 of 2 done, 1 unfinished) | 0.750 ± 0.150 (2 of 3 done, 1 failed) | 0.9 |" in text
+
+
+def test_batching_is_read_off_script_and_flags(report):
+    import records
+
+    def of(script, *flags):
+        return records.batching({"script": script, "flags": flags})
+
+    assert of("single_files/dqn_tbb_s5.py", "--segment-length", "9") == ("s5", "tape")
+    assert of("single_files/dqn_sbb_lru.py", "--segment-length", "50") == ("lru", "segments of 50")
+    assert of("single_files/dqn_sbb_lru.py", "--segment-length=10") == ("lru", "segments of 10")
+    assert of("single_files/ppo_tbb_lru.py") == ("", "")
+
+
+def test_intervals_are_rliables(report):
+    """IQM of each point as rliable's own function computes it, the same on each call, and inside its interval."""
+    metrics = pytest.importorskip("rliable.metrics")
+    import curves
+
+    scores = np.random.default_rng(0).normal(size=(8, 5))
+    mean, low, high = curves.interquartile_means(scores)
+    np.testing.assert_allclose(mean, [metrics.aggregate_iqm(scores[:, i : i + 1]) for i in range(5)])
+    assert (low < mean).all() and (mean < high).all()
+    np.random.seed(1)
+    np.testing.assert_array_equal(curves.interquartile_means(scores)[1], low)
+    alone = curves.interquartile_means(scores[:1])
+    assert (alone[0] == scores[0]).all() and np.isnan(alone[1:]).all()
+
+
+def test_committed_intervals_are_those_of_the_committed_curves(report):
+    """Checked in full where rliable is installed; anywhere, that they are of as many runs as are done, over the same steps."""
+    import curves
+    from tables import grouped, read_rows
+
+    for path in (ROOT / "benchmark" / "results").glob("*_intervals.csv"):
+        name = path.stem.removesuffix("_intervals")
+        found, rows, curve = (read_rows(path.with_name(f"{n}.csv"))[0] for n in (path.stem, name, f"{name}_curves"))
+        if importlib.util.find_spec("rliable"):
+            ours = [{key: str(value) for key, value in row.items()} for row in curves.interval_rows(rows, curve)]
+            assert ours == found, f"{path.name}: run benchmark/report.py"
+        done = {row["key"]: row for row in rows if row["state"] == "done"}
+        assert {point["key"] for point in curve} == set(done)
+        for cell in grouped(done.values(), lambda row: (row["env_id"], row["env_kwargs"], row["arm"])).values():
+            band = [
+                r for r in found if all(r[c] == cell[0][c] for c in ("env_id", "env_kwargs", "arm")) and r["axis"] == "steps"
+            ]
+            assert {row["runs"] for row in band} == {str(len(cell))}
+            steps = [{p["global_step"] for p in curve if p["key"] == row["key"]} for row in cell]
+            assert {row["x"] for row in band} == set.intersection(*steps)
+
+
+def same_picture(ours, theirs):
+    """Are two pictures the same, as far as can be known here? Bytes vary with matplotlib, its fonts and the processor.
+
+    Both files name what drew them, and what was drawn: two drawn by the same are compared byte by byte, others by the digest
+    of data, colours and texts. PNG bytes depend on a compressor besides, so PNG is always compared by digest.
+    """
+    notes = [re.search(rb"drawn by (.*?); data (\w{64})", path.read_bytes()) for path in (ours, theirs)]
+    if notes[0][1] == notes[1][1] and ours.suffix == ".svg":
+        return ours.read_bytes() == theirs.read_bytes()
+    return notes[0][2] == notes[1][2]
+
+
+def test_pictures_follow_from_the_csv_files(report, root, means_of_runs):
+    """Drawn twice they are the same bytes; a point that moved, an arm that came and a run that failed change them."""
+    collect(report, root)
+    results = root / "benchmark" / "results"
+    names = [results / name for name in ("tiny.svg", "tiny_seconds.svg", "tiny.png")]
+    make(root, "--runs", "")
+    first = [path.read_bytes() for path in names]
+    assert b"ffm tape: 2 of 3 runs done, 1 failed" in first[0]
+    make(root, "--runs", "")
+    assert [path.read_bytes() for path in names] == first
+    old = shutil.copytree(results, root / "old")
+    for name, before, after in (("tiny_curves", ",0.4000", ",0.4100"), ("tiny", "ffm segments", "segments")):
+        text = (results / f"{name}.csv").read_text()
+        (results / f"{name}.csv").write_text(text.replace(before, after, 1))
+        make(root, "--runs", "")
+        assert not same_picture(names[0], old / "tiny.svg") and not same_picture(names[2], old / "tiny.png")
+        (results / f"{name}.csv").write_text(text)
+
+
+def test_committed_pictures_are_what_the_report_draws(tmp_path):
+    """From the committed CSV files alone: README's and the docs' pictures, as SVG and as PNG."""
+    shutil.copytree(ROOT / "benchmark" / "results", tmp_path / "benchmark" / "results")
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    shutil.copy(ROOT / "README.md", tmp_path)
+    results = tmp_path / "benchmark" / "results"
+    for path in [*results.glob("*.svg"), *results.glob("*.png")]:
+        path.unlink()
+    make(tmp_path, "--runs", "")
+    drawn = sorted([*results.glob("*.svg"), *results.glob("*.png")])
+    assert drawn
+    for path in drawn:
+        assert same_picture(ROOT / "benchmark" / "results" / path.name, path), f"{path.name}: run benchmark/report.py"
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for name in re.findall(r"benchmark/results/([\w.]+\.svg)", page.read_text()):
+            assert (results / name).exists(), f"{page.name} shows {name}, which report.py does not draw"
+
+
+def test_export_is_what_openrlbenchmark_keeps(report, root):
+    """Its cache, read as its cache.py and offline_db.py do; unfinished and failed runs are not in it."""
+    import sqlite3
+
+    command = [sys.executable, ROOT / "benchmark" / "export.py", "--root", root, "--out", root / "out"]
+    subprocess.run(command, check=True, capture_output=True)
+    below = root / "out" / "local" / "cleanrl-memoroid"
+    found = sqlite3.connect(below / "offline.sqlite").execute("SELECT id, entity, project, state, config FROM offlinerun")
+    found = {
+        json.loads(config)["exp_name"]: (Path(entity, project, id), state) for id, entity, project, state, config in found
+    }
+    assert sorted(found) == ["tiny.ffm-segments", "tiny.ffm-tape"]
+    path, state = found["tiny.ffm-tape"]
+    assert state == "finished"
+    kept = json.loads((root / "out" / path / "run.json").read_text())
+    assert kept["config"]["env_id"] == "popgym-A-v0" and kept["user"]["username"] == "local" and kept["tags"] == []
+    with open(root / "out" / path / "run_df.csv") as file:
+        points = list(csv.DictReader(file))
+    assert [int(p["global_step"]) for p in points] == [10 * i for i in range(1, 11)]
+    assert points[0].keys() == {"global_step", "_runtime", "charts/episodic_return"}
+    assert len(list(below.glob("*/run.json"))) == 3
