@@ -264,12 +264,12 @@ def update_picture(updates, pieces, ppo, path):
     axis.set_xticks(range(len(lengths)), lengths)
     axis.set(title="scan, forward and backward: a tape, or segments", ylabel="milliseconds, median", yscale="log")
     axis = axes[0, 2]
-    sizes = list(dict.fromkeys((row["steps"], row["envs"]) for row in ppo))
+    sizes = list(dict.fromkeys((row["steps"], row["minibatches"]) for row in ppo))
     for i, name in enumerate(dict.fromkeys(row["contender"] for row in ppo)):
-        line = [(sizes.index((r["steps"], r["envs"])), float(r["median_ms"])) for r in ppo if r["contender"] == name]
+        line = [(sizes.index((r["steps"], r["minibatches"])), float(r["median_ms"])) for r in ppo if r["contender"] == name]
         axis.plot(*np.array(line).T, "o-" if name.startswith("ppo_") else "x--", color=f"C{i}", label=name, markersize=4)
-    axis.set_xticks(range(len(sizes)), [f"{steps} x {envs}" for steps, envs in sizes])
-    axis.set(title="PPO: one minibatch", xlabel="steps x environments", yscale="log")
+    axis.set_xticks(range(len(sizes)), [f"{steps} x 16\n1/{parts}" for steps, parts in sizes])
+    axis.set(title="PPO: one epoch", xlabel="steps x environments; a minibatch", yscale="log")
     for axis in axes[0]:
         axis.grid(alpha=0.3)
         if axis.get_lines():

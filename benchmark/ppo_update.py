@@ -1,11 +1,12 @@
-"""Times the training part of the PPO scripts on one minibatch, beside the LSTM of CleanRL's ppo_atari_lstm.py.
+"""Times the training part of the PPO scripts on a rollout, beside the LSTM of CleanRL's ppo_atari_lstm.py.
 
     python benchmark/ppo_update.py                             # one core, minutes; writes benchmark/results/ppo_update.csv
     python benchmark/ppo_update.py --steps 128 --profile       # also where the time goes, by torch.profiler
 
-A minibatch is a whole rollout, --steps of --envs environments, with a begin in one row of 50, and no prefix. An update is what
-the scripts' loop does for it: gather its rows, forward, loss, backward, clip, Adam. 10 observations, 4 actions, layers of 256
-units, and the memories of SIZES below. Collecting the rollout and its advantages are no part of it. Contenders:
+A rollout is --steps of 16 environments with a begin in one row of 50, and no prefix. What is timed is one epoch of training on
+it, cut by environments into --minibatches, 4 as in the scripts and in CleanRL's, or one. For each: gather its rows, forward,
+loss, backward, clip, Adam. 10 observations, 4 actions, layers of 256 units, and the memories of SIZES below. Collecting the
+rollout and its advantages are no part of it. Contenders:
 ppo_tbb_*                    the scripts' Agent on the tape of their CarriedTape
 ppo_sbb_lstm                 our baseline: oneDNN runs over the pieces between resets side by side, in groups of like lengths
 LSTM step by step            the loop of CleanRL's script: nn.LSTM is called once per time step, after each reset by a product
@@ -14,8 +15,8 @@ LSTM fused, without resets   nn.LSTM is called once for all steps: memory leaks 
 LSTM step by step, untuned   the loop in a process of its own without tune_cpu, as CleanRL's users run it
 The LSTMs have one Agent, the baseline's: encoder, heads, weights, loss are alike. All update with fused Adam and, but for the
 last, under tune_cpu. `vs_lstm_loop` and `vs_lstm_fused` say how many times faster than the first of the two loops a contender
-is, and than the fused LSTM, in the same run. --envs 4 is a minibatch as the scripts cut it, a quarter of 16 environments.
-Bars, at 128 steps of 16 environments: FFM at least 5 times faster than the loop and no slower than fused, LRU 3 times faster.
+is, and than the fused LSTM, in the same run. Bars, at any length: FFM at least 5 times faster than the loop and no slower than
+fused, LRU 3 times faster than the loop.
 """
 
 import argparse
@@ -28,7 +29,7 @@ import torch
 from timing import ROOT, OwnProcess, interleave, load_script, parser, print_bars, print_table, ratio, set_up, write_csv
 from torch import nn
 
-OBS_SIZE, ACTIONS, EPISODE = 10, 4, 50
+OBS_SIZE, ACTIONS, ENVS, EPISODE = 10, 4, 16, 50
 SIZES = {
     "ppo_tbb_ffm": {"trace_size": 64, "context_size": 4},
     "ppo_tbb_lru": {"state_size": 128, "num_layers": 2},
@@ -53,7 +54,9 @@ PARTS = {  # operators by their names in torch.profiler
 def parse_args():
     out = parser(__doc__.split("\n")[0])
     out.add_argument("--steps", type=int, nargs="+", default=[128, 1024], help="length of a rollout; long ones: fewer rounds")
-    out.add_argument("--envs", type=int, nargs="+", default=[16], help="environments of a minibatch")
+    out.add_argument(
+        "--minibatches", type=int, nargs="+", default=[4, 1], help="minibatches that 16 environments are cut into"
+    )
     names = [*SIZES, LOOP, FUSED, UNTUNED]
     out.add_argument("--only", nargs="+", default=names, choices=names, metavar="CONTENDER", help="contenders to time")
     out.add_argument("--hidden-size", type=int, default=256, help="width of every layer, the LSTM's too")
@@ -80,7 +83,7 @@ def time_major(agent, memory, obs, begins):
     return agent.heads(memory(agent.memory.lstm, x, begins).flatten(0, 1))
 
 
-def rollout(steps, envs, seed=0):
+def rollout(steps, envs=ENVS, seed=0):
     """obs [S, N, O] and begins [S, N]; as there is no prefix, every environment begins an episode with the rollout."""
     rng = np.random.default_rng(seed)
     begins = rng.random((steps, envs)) < 1 / EPISODE
@@ -88,8 +91,8 @@ def rollout(steps, envs, seed=0):
     return rng.standard_normal((steps, envs, OBS_SIZE)).astype(np.float32), begins
 
 
-def contender(name, obs, begins, hidden_size=256):
-    """(update, forward, agent): `update` does for the rollout what a script's training loop does for a minibatch."""
+def contender(name, obs, begins, hidden_size=256, minibatches=1):
+    """(epoch, forward, agent): `epoch` trains on a rollout once, as a script's loop does; `forward` is one pass over it."""
     script_name = "ppo_sbb_lstm" if name in (LOOP, FUSED) else name
     script = load_script(ROOT / "single_files" / f"{script_name}.py")
     args = script.Args(hidden_size=hidden_size, **SIZES[script_name])
@@ -100,7 +103,7 @@ def contender(name, obs, begins, hidden_size=256):
     optimizer = torch.optim.Adam(agent.parameters(), lr=0.0, fused=True)
     carried_tape = script.CarriedTape(num_envs, OBS_SIZE, agent.memory.initial_state(num_envs))
     carried_tape.add(obs, begins)
-    mb_envs, (b_obs, b_begins) = np.arange(num_envs), map(torch.from_numpy, (obs, begins))
+    all_envs, (b_obs, b_begins) = np.arange(num_envs), map(torch.from_numpy, (obs, begins))
 
     # of every environment in turn, [N * S], as the scripts flatten the batch; the same for every contender
     draws = torch.Generator().manual_seed(0)
@@ -109,8 +112,8 @@ def contender(name, obs, begins, hidden_size=256):
     b_values, b_advantages = torch.randn(2, num_envs * steps, generator=draws)
     b_returns = b_advantages + b_values
 
-    def forward():
-        """Policy and value, and the places of their rows in the batch."""
+    def forward(mb_envs=all_envs):
+        """Policy and value of a minibatch, and the places of its rows in the batch."""
         places = mb_envs[:, None] * steps + np.arange(steps)
         if name in (LOOP, FUSED):
             memory = step_by_step if name == LOOP else fused
@@ -118,8 +121,8 @@ def contender(name, obs, begins, hidden_size=256):
             return *found, torch.from_numpy(places.T.flatten())
         return *agent(carried_tape.sections(mb_envs, steps))[:2], torch.from_numpy(places.flatten())
 
-    def update():  # the script's training block, without logging
-        policy, newvalue, mb_inds = forward()
+    def update(mb_envs):  # the script's training block, without logging
+        policy, newvalue, mb_inds = forward(mb_envs)
         newlogprob, entropy = policy.log_prob(b_actions[mb_inds]), policy.entropy()
         logratio = newlogprob - b_logprobs[mb_inds]
         ratio = logratio.exp()
@@ -145,45 +148,55 @@ def contender(name, obs, begins, hidden_size=256):
         optimizer.step()
         return loss.item()
 
-    return update, forward, agent
+    def epoch():
+        """The loss of its last minibatch."""
+        return [update(mb_envs) for mb_envs in np.split(all_envs, minibatches)][-1]
+
+    return epoch, forward, agent
 
 
-def update_of(name, steps, envs, hidden_size):
+def epoch_of(name, steps, minibatches, hidden_size):
     """What OwnProcess times."""
-    update = contender(name, *rollout(steps, envs), hidden_size)[0]
-    update()
-    return update
+    epoch = contender(name, *rollout(steps), hidden_size, minibatches)[0]
+    epoch()
+    return epoch
 
 
-def time_rollout(steps, envs, args):
+def time_rollout(steps, minibatches, args):
     """Rows of the table for rollouts of one length, and its bars."""
     own = [name for name in args.only if name == UNTUNED]
-    found = {name: contender(name, *rollout(steps, envs), args.hidden_size) for name in args.only if name not in own}
-    calls = {name: update for name, (update, _, _) in found.items()}
-    calls |= {name: OwnProcess("ppo_update", "update_of", LOOP, steps, envs, args.hidden_size) for name in own}
+    how = args.hidden_size, minibatches
+    found = {name: contender(name, *rollout(steps), *how) for name in args.only if name not in own}
+    calls = {name: epoch for name, (epoch, _, _) in found.items()}
+    calls |= {name: OwnProcess("ppo_update", "epoch_of", LOOP, steps, minibatches, args.hidden_size) for name in own}
     parameters = {name: sum(p.numel() for p in agent.parameters() if p.requires_grad) for name, (_, _, agent) in found.items()}
     turns = argparse.Namespace(**vars(args))
     turns.rounds = max(min(args.rounds, 5), args.rounds * 128 // steps)  # seconds per call: the loop over 1,024 steps
     times, rows = interleave(calls, turns), []
     for name, values in times.items():
         memory = " ".join(f"{key} {size}" for key, size in SIZES.get(name, {}).items())
-        row = {"contender": name, "memory": memory, "parameters": parameters.get(name, ""), "steps": steps, "envs": envs}
+        row = {"contender": name, "memory": memory, "parameters": parameters.get(name, ""), "steps": steps}
+        row["minibatches"] = minibatches
         row |= {"calls": len(values), "median_ms": float(np.median(values)), "min_ms": float(values.min())}
-        row["rows_per_second"] = float(1000 * steps * envs / np.median(values))
+        row["rows_per_second"] = float(1000 * steps * ENVS / np.median(values))
         row["vs_lstm_loop"], row["vs_lstm_loop_min"] = ratio(times, LOOP, name)
         row["vs_lstm_fused"], row["vs_lstm_fused_min"] = ratio(times, FUSED, name)
         rows.append(row)
     print_table(rows)
     bars = []
-    if (steps, envs, args.hidden_size) == (128, 16, 256):
+    if args.hidden_size == 256:
         for name, wanted in FASTER.items():
             for baseline, figure in zip((LOOP, FUSED), wanted):
                 if figure:
-                    text = f"{name}, {steps} x {envs}: times faster than {baseline}"
+                    text = f"{name}, {steps} x {ENVS}, minibatches {minibatches}: times faster than {baseline}"
                     bars.append((text, ">=", figure, ratio(times, baseline, name)))
     if args.profile:
         for name in found:
-            profile(f"{name}, {steps} x {envs}", calls[name], updates=2 if np.median(times[name]) > 500 else 10)
+            profile(
+                f"{name}, {steps} x {ENVS}, minibatches {minibatches}",
+                calls[name],
+                updates=2 if np.median(times[name]) > 500 else 10,
+            )
     for name in own:
         calls[name].close()
     return rows, bars
@@ -211,8 +224,8 @@ if __name__ == "__main__":
     where = set_up(args)
     print(where)
     rows, bars = [], []
-    for steps, envs in itertools.product(args.steps, args.envs):
-        found, wanted = time_rollout(steps, envs, args)
+    for steps, minibatches in itertools.product(args.steps, args.minibatches):
+        found, wanted = time_rollout(steps, minibatches, args)
         rows, bars = rows + found, bars + wanted
         write_csv("ppo_update", where, rows, args)  # minutes of work: a run cut short leaves what it has
     print_bars(bars)

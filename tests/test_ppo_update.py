@@ -2,6 +2,7 @@
 
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -54,3 +55,16 @@ def test_a_memoroid_has_the_rows_of_the_batch_in_order(bench, name):
     before = [p.clone() for p in agent.parameters()]
     assert update() == update()
     assert all(map(torch.equal, before, agent.parameters()))
+
+
+@pytest.mark.parametrize("name", ["ppo_tbb_lru", "ppo_sbb_lstm", "LSTM step by step"])
+def test_an_epoch_has_every_row_once(bench, name):
+    epoch, forward, agent = bench.contender(name, *bench.rollout(30, 4), hidden_size=32, minibatches=2)
+    _, whole, order = forward()
+    _, values, places = zip(*(forward(envs) for envs in np.split(np.arange(4), 2)))
+    assert sorted(torch.cat(places).tolist()) == list(range(120))
+    torch.testing.assert_close(torch.cat(values)[torch.cat(places).argsort()], whole[order.argsort()], rtol=1e-4, atol=1e-5)
+    passes = []
+    agent.encoder.register_forward_hook(lambda _, args, out: passes.append(out.shape[0]))
+    epoch()
+    assert passes == [60 if name == bench.LOOP else 64] * 2  # a tape is padded
