@@ -140,8 +140,8 @@ class Args:
 class EnvPool:
     """N games of envpool with Gymnasium's same-step autoreset: obs[i] after the last step of a game is the next game's first.
 
-    Left alone, envpool resets one step late: the action after a done is ignored, and its row holds the first observation of
-    the next game. Here a finished game is reset at once, by itself, so that row does not exist and cannot reach the tape.
+    envpool resets one step late: the action after a done is ignored, and its row holds the first observation of the next
+    game. Here that step is made at once, in the finished games alone, so its row never reaches the loop or the tape.
     """
 
     def __init__(self, env_id, num_envs, seeds, threads=1, **env_kwargs):
@@ -180,7 +180,8 @@ class EnvPool:
             # envpool calls a game truncated that is over in the very step of its time limit
             terminations, truncations = terminations | (done & over), truncations & ~over
             obs = obs.copy()
-            obs[done] = self.envs.reset(np.flatnonzero(done))[0]
+            who = np.flatnonzero(done)
+            obs[who] = self.envs.step(np.zeros_like(who), who)[0]  # envs.reset(who) would end games whose life alone is over
         return obs, rewards, terminations, truncations, infos
 
     def close(self):

@@ -1,0 +1,231 @@
+"""Atari through envpool: what reaches the tape, against frames that say where they are and against the emulator itself."""
+
+import ast
+import functools
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, load_script
+
+envpool = pytest.importorskip("envpool", reason="pip install 'cleanrl-memoroid[envpool]'")
+
+SCRIPT = "dqn_tbb_lru_atari_envpool"
+MAKE = envpool.make
+TINY = "--cnn-channels 2 --hidden-size 8 --state-size 4 --eval-episodes 0 --checkpoint-interval 0 --no-save-model".split()
+
+
+@pytest.fixture(scope="module")
+def atari():
+    return load_script(SCRIPT)
+
+
+@pytest.fixture
+def main(atari, monkeypatch, tmp_path):
+    """A function that runs what stands under the script's __main__ with these flags, here, where tests can look inside."""
+
+    def main(*flags):
+        path = ROOT / "single_files" / f"{SCRIPT}.py"
+        body = ast.parse(path.read_text()).body[-1].body
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [str(path), "--no-tune-cpu", *flags])
+        space = dict(vars(atari))
+        exec(compile(ast.Module(body, []), str(path), "exec"), space)
+        return space
+
+    return main
+
+
+class Stamped:
+    """envpool, with each frame's place written into its first pixels and the reward replaced by the number of the step.
+
+    Place is (environment, episode, step). It counts as envpool resets: when it is told to, or in the step after a done.
+    """
+
+    def __init__(self, envs):
+        self.envs, self.size = envs, len(envs.spec.config.env_seed)
+        self.observation_space, self.action_space = envs.observation_space, envs.action_space
+        self.episode, self.t, self.done = np.full(self.size, -1), np.zeros(self.size, int), np.ones(self.size, bool)
+
+    def stamp(self, obs, who):
+        places = np.stack([who, self.episode[who], self.t[who]], axis=1).astype(np.int64)
+        obs[:, 0, 0, :24] = np.ascontiguousarray(places).view(np.uint8)
+        return obs
+
+    def reset(self, who=None):
+        obs, infos = self.envs.reset() if who is None else self.envs.reset(who)
+        who = infos["env_id"]
+        self.episode[who], self.t[who], self.done[who] = self.episode[who] + 1, 0, False
+        return self.stamp(obs, who), infos
+
+    def step(self, actions, who=None):
+        obs, _, terminations, truncations, infos = self.envs.step(actions, who)
+        assert infos["env_id"].tolist() == list(range(self.size) if who is None else who)
+        who = infos["env_id"]
+        self.episode[who] += self.done[who]
+        self.t[who] = np.where(self.done[who], 0, self.t[who] + 1)
+        self.done[who] = terminations | truncations
+        return self.stamp(obs, who), self.t[who].astype(np.float32), terminations, truncations, infos
+
+    def close(self):
+        self.envs.close()
+
+
+def places(obs):
+    """[T, 1, 84, 84] -> environment, episode and step of every row [T, 3]"""
+    return np.ascontiguousarray(obs[:, 0, 0, :24]).view(np.int64)
+
+
+def check_episode(tape_buffer, rows, terminated, limit):
+    """One episode on the tape is one episode of one environment, from its first frame to its last. -> its place"""
+    at = rows % len(tape_buffer.obs)
+    place = places(tape_buffer.obs[at])
+    assert (place[:, :2] == place[0, :2]).all(), "rows of two environments or two episodes"
+    assert place[:, 2].tolist() == list(range(len(rows))), "a row is missing, or there twice"
+    assert tape_buffer.rewards[at[:-1]].tolist() == list(range(1, len(rows))), "a reward of another step"
+    assert tape_buffer.terminations[at].tolist() == [False] * (len(rows) - 2) + [terminated, False]
+    assert len(rows) - 1 <= limit and (terminated or len(rows) - 1 == limit), "truncated before its time"
+    return tuple(place[0, :2].tolist())
+
+
+def collect(atari, main, monkeypatch, steps, limit, flags=()):
+    """Runs the script with random actions on stamped frames; every episode is checked as it ends. -> episodes, terminations"""
+    found = {}
+
+    class Checked(atari.FrameTape):
+        def finish(self, i, final_obs, terminated):
+            first = self.running[i]
+            super().finish(i, final_obs, terminated)
+            assert terminated in (True, False)
+            found[check_episode(self, self.episodes[first], bool(terminated), limit)] = bool(terminated)
+            if len(found) % 200 == 1:  # and what an update would read, while older rows are overwritten
+                tape = self.sample(50, np.random.default_rng(len(found)))
+                place, begins = places(tape.obs.numpy()), tape.begins.numpy()
+                same = (place[1:, :2] == place[:-1, :2]).all(1) & (place[1:, 2] == place[:-1, 2] + 1)
+                assert (same | begins[1:]).all() and (place[begins & (np.arange(len(begins)) < 51), 2] == 0).all()
+
+    flags = [*flags, *"--env-id Breakout-v5 --num-envs 8 --no-clip-reward --learning-starts 1000000".split()]
+    flags += f"--total-timesteps {steps} --max-episode-steps {limit} --buffer-size {max(2_000, 8 * (limit + 1))}".split()
+    with monkeypatch.context() as patch:
+        patch.setattr(atari, "FrameTape", Checked)
+        patch.setattr(envpool, "make", lambda **kwargs: Stamped(MAKE(**kwargs)))
+        assert main(*TINY, *flags)["tape_buffer"].next_row >= steps
+    return found
+
+
+LIMITS = [7, 50, 2_000]  # none of Breakout's random games lasts as long as the last
+
+
+@pytest.mark.parametrize("steps", [6_000, pytest.param(100_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("limit", LIMITS)
+def test_no_row_on_the_tape_mixes_two_episodes(atari, main, monkeypatch, limit, steps):
+    """Bar: over 10^5 random steps in 8 environments, with time limits and without."""
+    found = collect(atari, main, monkeypatch, steps, limit)
+    for i in range(8):  # none is lost on the way
+        numbers = sorted(episode for env, episode in found if env == i)
+        assert numbers == list(range(len(numbers)))
+    expected = {7: 0, 50: 0, 2_000: len(found)}[limit]  # only a game without a limit is over
+    assert sum(found.values()) == expected and len(found) > steps / (400 if limit == 2_000 else limit + 1)
+
+
+def test_a_lost_life_ends_an_episode_only_if_asked(atari, main, monkeypatch):
+    games = collect(atari, main, monkeypatch, 8_000, 2_000)
+    lives = collect(atari, main, monkeypatch, 8_000, 2_000, ["--episodic-life"])
+    assert len(lives) > 3 * len(games) and all(games.values()) and all(lives.values())
+
+
+@functools.cache
+def area(n, m):
+    """Weights [m, n] that shrink n pixels to m, each the mean of what it covers."""
+    edges, pixel = np.linspace(0, n, m + 1), np.arange(n)
+    weights = np.minimum(edges[1:, None], pixel + 1) - np.maximum(edges[:-1, None], pixel)
+    return weights.clip(0) * m / n
+
+
+class Emulator:
+    """The game through Gymnasium and ALE, one frame at a time, with what envpool makes of frames written out.
+
+    An observation is the pixelwise maximum of the last two of four frames, shrunk to 84 x 84. Of a step in which the game ends
+    before its fourth frame, envpool shows the third, or, if there is none, what it showed before.
+    """
+
+    def __init__(self, game):
+        import gymnasium as gym
+
+        ale_py = pytest.importorskip("ale_py", reason="pip install ale-py")
+        gym.register_envs(ale_py)
+        fixed = {"frameskip": 1, "repeat_action_probability": 0.0, "obs_type": "grayscale"}
+        self.env = gym.make(f"ALE/{game}-v5", max_num_frames_per_episode=10**9, **fixed)
+
+    def look(self):
+        """The observation [84, 84] in fractions of a grey level."""
+        return area(210, 84) @ self.shown.astype(float) @ area(160, 84).T
+
+    def begin(self, new_game):
+        """A frame without action begins an episode: envpool's noop_max=1 is one, not a random number up to it."""
+        if new_game:
+            self.env.reset(seed=0)
+        self.shown, *_, info = self.env.step(0)
+        self.lives = info["lives"]
+
+    def step(self, action):
+        """-> reward, is the game over, is a life lost"""
+        frames, reward, over, before = [], 0.0, False, self.lives
+        while len(frames) < 4 and not over:
+            frame, earned, over, _, info = self.env.step(action)
+            frames.append(frame)
+            reward += earned
+        if len(frames) > 2:
+            self.shown = np.max(frames[2:], axis=0)
+        self.lives = info["lives"]
+        return reward, over, self.lives < before
+
+
+@pytest.mark.parametrize(
+    "game, limit, steps, flags",
+    [
+        ("Breakout", 27_000, 1_500, ""),
+        ("Breakout", 60, 700, ""),
+        ("Breakout", 27_000, 1_500, "--episodic-life"),
+        pytest.param("Pong", 27_000, 4_000, "", marks=pytest.mark.slow),
+        pytest.param("SpaceInvaders", 27_000, 4_000, "", marks=pytest.mark.slow),
+        pytest.param("SpaceInvaders", 27_000, 4_000, "--episodic-life", marks=pytest.mark.slow),
+        pytest.param("Seaquest", 90, 2_000, "", marks=pytest.mark.slow),
+    ],
+)
+def test_the_tape_holds_what_the_emulator_shows(atari, main, monkeypatch, game, limit, steps, flags):
+    """Actions on the tape, played again through Gymnasium and ALE: frames to rounding; rewards, ends and lives exactly."""
+    ended, lives = [], []
+
+    class Recorded(atari.FrameTape):
+        def finish(self, i, final_obs, terminated):
+            first = self.running[i]
+            super().finish(i, final_obs, terminated)
+            ended.append((i, self.episodes[first]))
+
+    class Watched(atari.EnvPool):
+        def step(self, actions):
+            out = super().step(actions)
+            lives.append(out[-1]["lives"])
+            return out
+
+    monkeypatch.setattr(atari, "FrameTape", Recorded)
+    monkeypatch.setattr(atari, "EnvPool", Watched)
+    kwargs = '{"noop_max": 1, "use_fire_reset": false}'
+    flags = [*flags.split(), "--env-id", f"{game}-v5", "--env-kwargs", kwargs, "--num-envs", "2", "--no-clip-reward"]
+    flags += f"--total-timesteps {steps} --max-episode-steps {limit} --buffer-size {2 * limit + 3_000}".split()
+    tape_buffer = main(*TINY, "--learning-starts", "1000000", *flags)["tape_buffer"]
+    assert len(ended) >= 4 and {i for i, _ in ended} == {0, 1} and tape_buffer.next_row < len(tape_buffer.obs)
+    emulators, new_game, steps = [Emulator(game), Emulator(game)], [True, True], [0, 0]
+    for i, rows in ended:
+        obs, actions, rewards = tape_buffer.obs[rows, 0], tape_buffer.actions[rows], tape_buffer.rewards[rows]
+        emulators[i].begin(new_game[i])
+        for t in range(len(rows)):
+            assert abs(emulators[i].look() - obs[t]).max() < 0.501, (i, t)  # a half may go to either side
+            if t < len(rows) - 1:
+                reward, over, lost = emulators[i].step(int(actions[t]))
+                assert reward == rewards[t] and emulators[i].lives == lives[steps[i]][i]
+                steps[i] += 1
+                end = over or (lost and "--episodic-life" in flags)
+                assert end == tape_buffer.terminations[rows[t]] and (end or t + 2 == limit + 1) == (t + 2 == len(rows))
+        new_game[i] = over or len(rows) == limit + 1
