@@ -1,6 +1,7 @@
 # docs: docs/envpool.md
-# Parent: single_files/dqn_tbb_lru.py. Changed: Args, EnvPool (was make_env), check_memory, FrameTape (was TapeBuffer),
-#   QNetwork with a convolution, evaluate; in the loop: frames go to the tape as they arrive, rewards are clipped
+# Parent: single_files/dqn_tbb_lru.py. Changed: Args, EnvPool (was make_env), check_spaces, memory_needs, FrameTape (was
+#   TapeBuffer), QNetwork with a convolution, evaluate_games (was evaluate); in the loop: frames go to the tape as they arrive,
+#   rewards are clipped, no option for truncation or for the loss
 # Memory, tape and convolution: Morad et al. (2024), "Recurrent Reinforcement Learning with Memoroids", arXiv 2402.09900
 # LRU: Orvieto et al. (2023), "Resurrecting Recurrent Neural Networks for Long Sequences", https://arxiv.org/abs/2303.06349
 # Games: Weng et al. (2022), "EnvPool: A Highly Parallel Reinforcement Learning Environment Execution Engine"
@@ -161,7 +162,9 @@ class EnvPool:
         try:
             self.envs = envpool.make(**own, **env_kwargs)
         except TypeError as error:
-            raise ValueError(f"--env-kwargs: expected arguments of envpool.make, got {env_kwargs}: {error}") from None
+            raise ValueError(
+                f"--env-id {env_id}, --env-kwargs {env_kwargs}: expected an Atari game and its options: {error}"
+            ) from None
         self.num_envs, self.single_action_space = num_envs, self.envs.action_space
         self.single_observation_space = self.envs.observation_space
 
@@ -467,11 +470,6 @@ class FrameTape:
         tape = self.obs[at], begins, self.actions[at], self.rewards[at], self.terminations[at], np.flatnonzero(~final)
         return Tape(*(torch.from_numpy(v).to(device) for v in tape))
 
-    def nbytes(self):
-        """Bytes of all rows, frames and the rest, once they are in use: the rows' numbers in `episodes` included."""
-        arrays = (v.nbytes for v in vars(self).values() if isinstance(v, np.ndarray))
-        return sum(arrays) + 8 * len(self.obs)
-
     def state_dict(self):
         """Without running episodes, as --resume begins new games. As tensors: torch.save would copy an array twice."""
         arrays = {name: v for name, v in vars(self).items() if isinstance(v, np.ndarray)}
@@ -542,14 +540,15 @@ class QNetwork(nn.Module):
         return self.q_values(markov_state), recurrent_state
 
 
-def memory_needs(args, q_network, tape_buffer):
+def memory_needs(args, q_network):
     """{what: bytes} that training comes to hold at most. An update's share is that of its longest possible tape."""
+    row = 84 * 84 + 21  # the frame; action (8), reward (4), termination (1), and the row's number in its episode (8)
     rows = args.batch_size + args.max_episode_steps + 32
     maps = 4 * args.cnn_channels * (20 * 20 + 2 * 9 * 9 + 2 * 7 * 7)  # bytes of the three convolutions' outputs, per row
     kept = min(rows, max(args.kept_rows, PIECE)) * (4 * 84 * 84 + 2 * maps)  # frames as floats; each output, and normalised
     others = rows * (84 * 84 + 4 * (24 * args.hidden_size + 24 * args.num_layers * (args.hidden_size + args.state_size)))
     weights = 5 * sum(4 * p.numel() for p in q_network.parameters())  # two networks, the gradient, Adam's two moments
-    return {"tape": tape_buffer.nbytes(), "an update": kept + others, "weights": weights}
+    return {"tape": args.buffer_size * row, "an update": kept + others, "weights": weights}
 
 
 def available_memory():
@@ -588,8 +587,11 @@ def td_target(q, next_q, tape, gamma):
     return tape.rewards[tape.transitions] + gamma * torch.where(tape.terminations[tape.transitions], 0, bootstrap)
 
 
-def evaluate(q_network, envs, episodes, device):
-    """Returns of greedy games [episodes]. Each environment has its share: short games are not counted more often."""
+def evaluate_games(q_network, envs, episodes, device):
+    """Returns of greedy games [episodes], whole ones also where a lost life ends an episode.
+
+    Each environment has its share: short games are not counted more often.
+    """
     share = [len(range(i, episodes, envs.num_envs)) for i in range(envs.num_envs)]
     returns, running = [], np.zeros(envs.num_envs)
     obs, _ = envs.reset()
@@ -678,13 +680,13 @@ if __name__ == "__main__":
     q_network = QNetwork(envs, args).to(device)
     if trained:
         q_network.load_state_dict(trained["q_network"])
-        evaluate(q_network, eval_envs, args.eval_episodes, device)
+        evaluate_games(q_network, eval_envs, args.eval_episodes, device)
         sys.exit()
     optimizer = optim.AdamW(q_network.parameters(), lr=args.learning_rate, weight_decay=0, fused=True)
     target_network = QNetwork(envs, args).to(device)
     target_network.load_state_dict(q_network.state_dict())
+    check_memory(memory_needs(args, q_network), available_memory())
     tape_buffer = FrameTape(args.buffer_size, envs.single_observation_space.shape, args.num_envs)
-    check_memory(memory_needs(args, q_network, tape_buffer), available_memory())
 
     if args.track:
         import wandb
@@ -818,7 +820,7 @@ if __name__ == "__main__":
         save(model_path, {"q_network": q_network.state_dict(), "args": asdict(args)})
         print(f"model saved to {model_path}")
     if args.eval_episodes:
-        for idx, episodic_return in enumerate(evaluate(q_network, eval_envs, args.eval_episodes, device)):
+        for idx, episodic_return in enumerate(evaluate_games(q_network, eval_envs, args.eval_episodes, device)):
             writer.add_scalar("eval/episodic_return", episodic_return, idx)
 
     envs.close()

@@ -2,11 +2,14 @@
 
 import ast
 import functools
+import shutil
 import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, load_script
+from scripts import run, run_folder, scalars
 
 envpool = pytest.importorskip("envpool", reason="pip install 'cleanrl-memoroid[envpool]'")
 
@@ -28,7 +31,8 @@ def main(atari, monkeypatch, tmp_path):
         path = ROOT / "single_files" / f"{SCRIPT}.py"
         body = ast.parse(path.read_text()).body[-1].body
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", [str(path), "--no-tune-cpu", *flags])
+        own = [] if "--resume" in flags else ["--no-tune-cpu"]  # its switches are for a whole process
+        monkeypatch.setattr(sys, "argv", [str(path), *flags, *own])
         space = dict(vars(atari))
         exec(compile(ast.Module(body, []), str(path), "exec"), space)
         return space
@@ -229,3 +233,64 @@ def test_the_tape_holds_what_the_emulator_shows(atari, main, monkeypatch, game, 
                 end = over or (lost and "--episodic-life" in flags)
                 assert end == tape_buffer.terminations[rows[t]] and (end or t + 2 == limit + 1) == (t + 2 == len(rows))
         new_game[i] = over or len(rows) == limit + 1
+
+
+SMALL = "--cnn-channels 2 --hidden-size 8 --state-size 4 --num-envs 3 --max-episode-steps 40 --buffer-size 500".split()
+SMALL += "--total-timesteps 1500 --learning-starts 500 --batch-size 60 --train-frequency 30 --checkpoint-interval 300".split()
+SMALL += "--eval-episodes 4 --env-id Breakout-v5".split()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    return folder, run(folder, *SMALL, script=SCRIPT).splitlines()
+
+
+def test_a_run_logs_saves_and_evaluates(finished):
+    folder, out = finished
+    assert out[0].startswith("memory (GB): tape 0.00") and out[1].startswith(f"{SCRIPT}: Breakout-v5")
+    assert out[-1].startswith("evaluation: episodic_return=") and "(4 greedy games" in out[-1]
+    logged = scalars(run_folder(folder))
+    names = "charts/episodic_return charts/episodic_length losses/td_loss losses/q_values charts/epsilon charts/buffer_fill"
+    assert set(names.split()) <= set(logged) and len(logged["eval/episodic_return"]) == 4
+    assert {value for _, value in logged["charts/episodic_length"]} == {40.0}
+    again = run(folder, "--evaluate", run_folder(folder), "--eval-episodes", "4", script=SCRIPT)
+    assert again.splitlines()[-1] == out[-1]
+    assert not list(folder.glob("runs/*/*.partial"))
+
+
+def test_equal_seeds_give_equal_runs(finished, tmp_path):
+    run(tmp_path, *SMALL, script=SCRIPT)
+    assert scalars(run_folder(tmp_path)) == scalars(run_folder(finished[0]))
+
+
+def test_a_resumed_run_goes_on_with_tape_and_weights_and_new_games(finished, tmp_path):
+    """From the last checkpoint of a finished run, at 1,200 steps."""
+    shutil.copytree(finished[0] / "runs", tmp_path / "runs")
+    saved = torch.load(run_folder(tmp_path) / "checkpoint.pt", weights_only=True)
+    assert saved["global_step"] == 1200 and saved["update"] == (1200 - 500) // 30 + 1
+    out = run(tmp_path, "--resume", run_folder(tmp_path), script=SCRIPT)
+    assert f" {saved['update'] + 10} updates" in out and "evaluation: episodic_return=" in out
+    lengths = scalars(run_folder(tmp_path))["charts/episodic_length"]
+    assert {value for _, value in lengths} == {40.0}
+    assert [step for step, _ in lengths if 1200 < step] == [1320] * 3 + [1440] * 3
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--env-id Pnog-v5", "--env-id: expected a game of envpool, got 'Pnog-v5'; the nearest are P"),
+        ("--env-id CartPole-v1", "--env-id CartPole-v1, .*: expected an Atari game"),
+        ('--env-kwargs {"stack_num":4}', "--env-kwargs: expected none of .*stack_num, got stack_num; this file sets them"),
+        ('--env-kwargs {"noop_max":0}', "--env-kwargs: expected noop_max of at least 1, got 0"),
+        ('--env-kwargs {"colour":1}', "expected an Atari game and its options: .*colour"),
+        ('--env-kwargs {"img_height":42}', "expected frames .1, 84, 84. of bytes, got Box.*leave img_height"),
+        ("--buffer-size 1000", "--buffer-size: expected at least 216008, got 1000; raise it, or lower --max-episode-steps"),
+        ("--num-envs 0", "--num-envs: expected at least 1, got 0; raise it"),
+        ("--buffer-size 100000000", "memory: expected at most the .* GB available, got tape .*; lower --buffer-size"),
+        ("--resume nowhere", "expected a run's directory with a file checkpoint.pt.*got 'nowhere'"),
+    ],
+)
+def test_errors_say_what_to_do(main, flags, message):
+    with pytest.raises(ValueError, match=message):
+        main(*flags.split())
