@@ -208,7 +208,8 @@ if __name__ == "__main__":
         if not args.no_pictures:
             picture(read_rows(path)[0], results / f"{name}.png")
         tables[name] = run_table(read_rows(results / f"{name}.csv")[0])
-    for name in ("scan", "update", "update_scan", "collect", "scan_cuda", "memory_length_summary", "ppo_update"):
+    measured = "scan update update_scan collect scan_cuda memory_length_summary ppo_update atari_memory atari_speed"
+    for name in measured.split():
         if (path := results / f"{name}.csv").exists():
             rows, where = read_rows(path)
             if name == "update":  # every part of the parent's update, and of all others the whole and the parts that differ

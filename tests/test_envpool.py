@@ -132,10 +132,29 @@ def test_no_row_on_the_tape_mixes_two_episodes(atari, main, monkeypatch, limit, 
     assert sum(found.values()) == expected and len(found) > steps / (400 if limit == 2_000 else limit + 1)
 
 
-def test_a_lost_life_ends_an_episode_only_if_asked(atari, main, monkeypatch):
+def test_a_lost_life_ends_an_episode_only_if_asked(atari, main, monkeypatch, tmp_path):
     games = collect(atari, main, monkeypatch, 8_000, 2_000)
+    assert len(scalars(run_folder(tmp_path))["charts/episodic_return"]) == len(games)
+    shutil.rmtree(tmp_path / "runs")
     lives = collect(atari, main, monkeypatch, 8_000, 2_000, ["--episodic-life"])
     assert len(lives) > 3 * len(games) and all(games.values()) and all(lives.values())
+    logged = scalars(run_folder(tmp_path))["charts/episodic_length"]  # of whole games
+    assert 4 * len(logged) < len(lives) and min(length for _, length in logged) > 100
+
+
+def test_a_game_that_is_over_in_the_step_of_its_time_limit_is_terminated(atari):
+    def play(limit):
+        envs, rng = atari.EnvPool("Breakout-v5", 2, [5, 6], max_episode_steps=limit), np.random.default_rng(0)
+        envs.reset()
+        for t in range(1, 2_000):
+            _, _, terminations, truncations, infos = envs.step(rng.integers(4, size=2))
+            if terminations[0] or truncations[0]:
+                return t, bool(terminations[0]), bool(truncations[0]), bool(infos["game_over"][0])
+
+    length, *end = play(2_000)
+    assert end == [True, False, True]
+    assert play(length) == (length, True, False, True)
+    assert play(length - 1) == (length - 1, False, True, True)
 
 
 @functools.cache
@@ -264,13 +283,17 @@ def test_equal_seeds_give_equal_runs(finished, tmp_path):
     assert scalars(run_folder(tmp_path)) == scalars(run_folder(finished[0]))
 
 
-def test_a_resumed_run_goes_on_with_tape_and_weights_and_new_games(finished, tmp_path):
+def test_a_resumed_run_goes_on_with_tape_and_weights_and_new_games(finished, main, tmp_path, capsys):
     """From the last checkpoint of a finished run, at 1,200 steps."""
     shutil.copytree(finished[0] / "runs", tmp_path / "runs")
     saved = torch.load(run_folder(tmp_path) / "checkpoint.pt", weights_only=True)
     assert saved["global_step"] == 1200 and saved["update"] == (1200 - 500) // 30 + 1
-    out = run(tmp_path, "--resume", run_folder(tmp_path), script=SCRIPT)
+    space = main("--resume", str(run_folder(tmp_path)))
+    out = capsys.readouterr().out
     assert f" {saved['update'] + 10} updates" in out and "evaluation: episodic_return=" in out
+    rows = np.arange(1_110, 1_200) % 500  # written before the checkpoint, and not overwritten since
+    np.testing.assert_array_equal(space["tape_buffer"].obs[rows], saved["tape_buffer"]["obs"].numpy()[rows])
+    assert space["env_seeds"] != np.random.default_rng(1).integers(2**31, size=(2, 3))[0].tolist()  # not those of the start
     lengths = scalars(run_folder(tmp_path))["charts/episodic_length"]
     assert {value for _, value in lengths} == {40.0}
     assert [step for step, _ in lengths if 1200 < step] == [1320] * 3 + [1440] * 3
