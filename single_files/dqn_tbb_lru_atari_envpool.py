@@ -645,6 +645,8 @@ if __name__ == "__main__":
         own = ("seed", "cuda", "torch_threads", "tune_cpu", "eval_episodes", "env_threads", "evaluate")
         args = Args(**{**trained["args"], **{name: getattr(args, name) for name in own}})
     env_kwargs = parse_env_kwargs(args.env_kwargs)
+    for name in env_kwargs.keys() & {"max_episode_steps", "episodic_life"}:
+        raise ValueError(f"--env-kwargs: expected no {name}, got {env_kwargs[name]}; use --{name.replace('_', '-')}")
     least = dict.fromkeys(("num_envs", "batch_size", "train_frequency", "total_timesteps", "torch_threads", "env_threads"), 1)
     least |= {"max_episode_steps": 1, "cnn_channels": 1, "kept_rows": 1, "eval_episodes": 1 if args.evaluate else 0}
     least["buffer_size"] = args.num_envs * (args.max_episode_steps + 1)  # games that all last to the limit fit on the tape

@@ -305,6 +305,10 @@ def test_a_resumed_run_goes_on_with_tape_and_weights_and_new_games(finished, mai
         ("--env-id Pnog-v5", "--env-id: expected a game of envpool, got 'Pnog-v5'; the nearest are P"),
         ("--env-id CartPole-v1", "--env-id CartPole-v1, .*: expected an Atari game"),
         ('--env-kwargs {"stack_num":4}', "--env-kwargs: expected none of .*stack_num, got stack_num; this file sets them"),
+        (
+            '--env-kwargs {"max_episode_steps":9}',
+            "expected no max_episode_steps, got 9; use --max-episode-steps",
+        ),
         ('--env-kwargs {"noop_max":0}', "--env-kwargs: expected noop_max of at least 1, got 0"),
         ('--env-kwargs {"colour":1}', "expected an Atari game and its options: .*colour"),
         ('--env-kwargs {"img_height":42}', "expected frames .1, 84, 84. of bytes, got Box.*leave img_height"),
