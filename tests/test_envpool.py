@@ -187,7 +187,7 @@ class Emulator:
     def begin(self, new_game):
         """A frame without action begins an episode: envpool's noop_max=1 is one, not a random number up to it."""
         if new_game:
-            self.env.reset(seed=0)
+            self.env.reset()  # with a seed, it would load the game again, from which some games begin otherwise
         self.shown, *_, info = self.env.step(0)
         self.lives = info["lives"]
 
@@ -210,7 +210,7 @@ class Emulator:
         ("Breakout", 27_000, 1_500, ""),
         ("Breakout", 60, 700, ""),
         ("Breakout", 27_000, 1_500, "--episodic-life"),
-        pytest.param("Pong", 27_000, 4_000, "", marks=pytest.mark.slow),
+        pytest.param("Pong", 27_000, 6_000, "", marks=pytest.mark.slow),
         pytest.param("SpaceInvaders", 27_000, 4_000, "", marks=pytest.mark.slow),
         pytest.param("SpaceInvaders", 27_000, 4_000, "--episodic-life", marks=pytest.mark.slow),
         pytest.param("Seaquest", 90, 2_000, "", marks=pytest.mark.slow),
