@@ -137,11 +137,12 @@ def picture(curves, path):
             for flags, color in colors.items():
                 axis.plot([], [], color=color, label=flags)
             axis.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
+        small = all(abs(y) <= 1.05 for points in lines.values() for _, y in points)  # POPGym's returns; a game's are in points
         axis.set(
             title=f"{env_id}{'' if env_kwargs == '{}' else chr(10) + env_kwargs}, {len(seeds)} seeds",
             xlabel="thousand environment steps",
             ylabel="training return",
-            ylim=(-1.05, 1.05),
+            ylim=(-1.05, 1.05) if small else None,
         )
         axis.grid(alpha=0.3)
     save(figure, path)

@@ -22,7 +22,7 @@ from curves import grid_picture, interval_rows, picture, scan_picture, update_pi
 from records import GOAL, WINDOW, read_grids, read_plain_runs
 from tables import fill, grouped, markdown, natural, read_rows, task_name, write_rows
 
-MEASURED = ("scan", "update", "update_scan", "collect", "scan_cuda", "memory_length_summary", "ppo_update")
+MEASURED = "scan update update_scan collect scan_cuda memory_length_summary ppo_update atari_memory atari_speed".split()
 
 
 def mean_and_spread(values):
