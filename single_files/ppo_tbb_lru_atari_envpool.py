@@ -759,7 +759,6 @@ if __name__ == "__main__":
     envs = vector_env(env_fns)
     check_spaces(args.env_id, envs.single_observation_space, envs.single_action_space)
     env_seeds, eval_seeds = rng.integers(2**31, size=(2, args.num_envs)).tolist()
-
     env_seeds = env_seeds[rank * args.local_num_envs : (rank + 1) * args.local_num_envs]
 
     agent = Agent(envs, args).to(device)  # the same in every process, as of one seed; from here on their draws differ

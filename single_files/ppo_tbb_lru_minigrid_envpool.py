@@ -1,7 +1,7 @@
 # docs: docs/envpool.md
-# Variant of single_files/ppo_tbb_lru.py. Changed: Args.env_id, Args.env_kwargs, Args.total_timesteps, Args.num_envs,
-#   Args.num_steps (were Args.prev_action), make_env, vector_env, EnvPool, minigrid_view, OneHot,
-#   check_spaces, Agent.__init__, env_fns in __main__, eval_fns in __main__, obs in __main__
+# Variant of single_files/ppo_tbb_lru.py. Changed: Args.env_id, Args.env_kwargs (were Args.prev_action),
+#   Args.total_timesteps, Args.learning_rate, Args.num_steps, Args.norm_reward, make_env, vector_env, EnvPool, minigrid_view,
+#   check_spaces, OneHot, Agent.__init__, env_fns in __main__, eval_fns in __main__, obs in __main__
 # Memory and tape: Morad et al. (2024), "Recurrent Reinforcement Learning with Memoroids", https://arxiv.org/abs/2402.09900
 # LRU: Orvieto et al. (2023), "Resurrecting Recurrent Neural Networks for Long Sequences", https://arxiv.org/abs/2303.06349
 # envpool: Weng et al. (2022), "EnvPool: A Highly Parallel RL Environment Execution Engine", https://arxiv.org/abs/2206.10558
@@ -79,11 +79,11 @@ class Args:
     # Algorithm specific arguments
     env_id: str = "MiniGrid-MemoryS7-v0"
     """the id of the environment: MiniGrid-* of envpool; missions are not read, as the memory tasks have but one"""
-    env_kwargs: str = "{}"
-    """options of envpool, as JSON, such as '{"max_episode_steps": 100, "num_threads": 4}'"""
+    env_kwargs: str = '{"action_max": 2}'
+    """options of envpool, as JSON; action_max 2 leaves three of seven actions, turning and walking: memory tasks need no other"""
     total_timesteps: int = 400_000
     """total timesteps of the experiment, over all environments (steps)"""
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     """the learning rate of the optimizer at the start"""
     num_envs: int = 64
     """the number of parallel environments"""
@@ -99,7 +99,7 @@ class Args:
     """the number of minibatches; TBB: each of whole environments, whose steps stay in order"""
     update_epochs: int = 4
     """the K epochs to update the policy"""
-    norm_reward: bool = True
+    norm_reward: bool = False
     """if toggled, learn from rewards in units of the discounted return's standard deviation so far; logs are in theirs"""
     norm_adv: bool = True
     """if toggled, advantages are normalised over each minibatch"""
