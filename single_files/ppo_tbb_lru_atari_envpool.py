@@ -186,6 +186,9 @@ class EnvPool:
             raise ImportError("expected envpool, which is not installed; pip install 'envpool>=1.2'") from None
         if env_id not in envpool.list_all_envs():
             raise ValueError(f"--env-id: expected a game of envpool, got {env_id!r}; see envpool.list_all_envs()")
+        if unknown := options.keys() - set(envpool.make_spec(env_id).config._fields):
+            names = ", ".join(sorted(unknown))
+            raise ValueError(f"--env-kwargs: {env_id} has no option {names}; see envpool.make_spec('{env_id}').config")
         self.make = lambda seeds: envpool.make_gymnasium(env_id, num_envs=num_envs, seed=seeds, **options)
         spec, batch_space = envpool.make_spec(env_id, **options), gym.vector.utils.batch_space
         obs = view(batch_space(spec.gymnasium_observation_space, 1).sample())

@@ -80,7 +80,7 @@ class Args:
     env_id: str = "MiniGrid-MemoryS7-v0"
     """the id of the environment: MiniGrid-* of envpool; missions are not read, as the memory tasks have but one"""
     env_kwargs: str = '{"action_max": 2}'
-    """options of envpool, as JSON; action_max 2 leaves three of seven actions, turning and walking: memory tasks need no other"""
+    """options of envpool, as JSON; action_max 2 leaves turning and walking of the seven actions, all that the tasks need"""
     total_timesteps: int = 400_000
     """total timesteps of the experiment, over all environments (steps)"""
     learning_rate: float = 5e-4
@@ -180,6 +180,9 @@ class EnvPool:
             raise ImportError("expected envpool, which is not installed; pip install 'envpool>=1.2'") from None
         if env_id not in envpool.list_all_envs():
             raise ValueError(f"--env-id: expected a game of envpool, got {env_id!r}; see envpool.list_all_envs()")
+        if unknown := options.keys() - set(envpool.make_spec(env_id).config._fields):
+            names = ", ".join(sorted(unknown))
+            raise ValueError(f"--env-kwargs: {env_id} has no option {names}; see envpool.make_spec('{env_id}').config")
         self.make = lambda seeds: envpool.make_gymnasium(env_id, num_envs=num_envs, seed=seeds, **options)
         spec, batch_space = envpool.make_spec(env_id, **options), gym.vector.utils.batch_space
         obs = view(batch_space(spec.gymnasium_observation_space, 1).sample())
