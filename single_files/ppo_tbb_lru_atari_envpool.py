@@ -1,5 +1,5 @@
-# docs: docs/envpool.md. Parent: single_files/ppo_tbb_lru_minigrid_envpool.py; changed: pixels, and a training loop of its own,
-#   for several processes. What is repeated from other files says so above it.
+# docs: docs/ppo_envpool.md. Parent: single_files/ppo_tbb_lru_minigrid_envpool.py; changed: pixels, and a training loop for
+#   several processes. What is repeated from other files says so above it.
 # Memory and tape: Morad et al. (2024), "Recurrent Reinforcement Learning with Memoroids", https://arxiv.org/abs/2402.09900
 # LRU: Orvieto et al. (2023), "Resurrecting Recurrent Neural Networks for Long Sequences", https://arxiv.org/abs/2303.06349
 # envpool: Weng et al. (2022), "EnvPool: A Highly Parallel RL Environment Execution Engine", https://arxiv.org/abs/2206.10558
@@ -79,7 +79,7 @@ class Args:
     env_kwargs: str = "{}"
     """options of envpool, as JSON, such as '{"repeat_action_probability": 0.25, "img_height": 42, "img_width": 42}'"""
     episodic_life: bool = False
-    """if toggled, a lost life ends the episode; memory and returns begin anew, the game goes on"""
+    """if toggled, a lost life ends the episode: memory and values begin anew; logs are of whole games either way"""
     clip_reward: bool = True
     """if toggled, learn from the rewards' signs alone; logs are in the game's units"""
     total_timesteps: int = 10_000_000
@@ -149,6 +149,10 @@ def make_env(env_id, env_kwargs, episodic_life=False):
 
     One frame per step (grey, the larger of the last two, so that nothing flickers away), every fourth frame of the game.
     """
+    if env_kwargs.get("noop_max", 1) < 1:
+        raise ValueError(
+            f"--env-kwargs: expected noop_max of at least 1, got {env_kwargs['noop_max']}: envpool crashes; raise it"
+        )
 
     def thunk(num_envs):
         options = {"stack_num": 1, "episodic_life": episodic_life, "num_threads": 1} | env_kwargs
@@ -210,8 +214,10 @@ class EnvPool:
 
     def step(self, actions):
         """As of Gymnasium: obs [N, ...], rewards, terminations, truncations [N], infos, with "final_obs" where one ended."""
-        obs, rewards, terminations, truncations, _ = self.games.step(actions)
-        obs, ended, infos = self.view(obs), np.flatnonzero(terminations | truncations), {}
+        obs, rewards, terminations, truncations, infos = self.games.step(actions)
+        # Atari says in infos that a game is over, also when that is in the very step of its time limit
+        terminations = terminations | truncations & infos.get("terminated", np.zeros_like(truncations)).astype(bool)
+        obs, ended = self.view(obs), np.flatnonzero(terminations | truncations)
         if len(ended):
             infos["final_obs"] = obs.copy()
             obs[ended] = self.view(self.games.step(actions[ended], ended)[0])  # these actions are ignored
@@ -867,7 +873,7 @@ if __name__ == "__main__":
 
             returns += reward
             lengths += 1
-            for i in np.flatnonzero(next_begins):
+            for i in np.flatnonzero(next_begins & (truncations | infos["terminated"].astype(bool))):  # not of each life
                 recent_returns.append(returns[i])
                 if writes:
                     writer.add_scalar("charts/episodic_return", returns[i], global_step)

@@ -1,4 +1,4 @@
-# docs: docs/envpool.md
+# docs: docs/ppo_envpool.md
 # Variant of single_files/ppo_tbb_lru.py. Changed: Args.env_id, Args.env_kwargs (were Args.prev_action),
 #   Args.total_timesteps, Args.learning_rate, Args.num_steps, Args.norm_reward, make_env, vector_env, EnvPool, minigrid_view,
 #   check_spaces, OneHot, Agent.__init__, env_fns in __main__, eval_fns in __main__, obs in __main__
@@ -145,6 +145,9 @@ def make_env(env_id, env_kwargs, video_folder=None):
     """A function that makes games of one kind, as many as it is told: envpool makes, steps and resets all of them together."""
     if video_folder:
         raise ValueError("--capture-video: expected no such flag, envpool's games are not recorded here; drop it")
+    if not env_id.startswith("MiniGrid-"):
+        remedy = "use ppo_tbb_lru.py with an environment of Gymnasium, or a view and an encoder of your own"
+        raise ValueError(f"--env-id {env_id}: expected MiniGrid-*, whose symbols OneHot knows; {remedy}")
 
     def thunk(num_envs):
         options = {"num_threads": 1} | env_kwargs  # a second thread costs more than it brings
@@ -204,8 +207,10 @@ class EnvPool:
 
     def step(self, actions):
         """As of Gymnasium: obs [N, ...], rewards, terminations, truncations [N], infos, with "final_obs" where one ended."""
-        obs, rewards, terminations, truncations, _ = self.games.step(actions)
-        obs, ended, infos = self.view(obs), np.flatnonzero(terminations | truncations), {}
+        obs, rewards, terminations, truncations, infos = self.games.step(actions)
+        # Atari says in infos that a game is over, also when that is in the very step of its time limit
+        terminations = terminations | truncations & infos.get("terminated", np.zeros_like(truncations)).astype(bool)
+        obs, ended = self.view(obs), np.flatnonzero(terminations | truncations)
         if len(ended):
             infos["final_obs"] = obs.copy()
             obs[ended] = self.view(self.games.step(actions[ended], ended)[0])  # these actions are ignored
@@ -231,9 +236,9 @@ def parse_env_kwargs(text):
 
 def check_spaces(env_id, observation_space, action_space):
     """Raises ValueError where this file cannot train, with what can."""
-    if not env_id.startswith("MiniGrid-"):
-        remedy = "use ppo_tbb_lru.py with an environment of Gymnasium, or a view and an encoder of your own"
-        raise ValueError(f"--env-id {env_id}: expected MiniGrid-*, whose symbols OneHot knows; {remedy}")
+    if observation_space.shape != (148,):
+        remedy = "leave agent_view_size out of --env-kwargs, or adapt OneHot"
+        raise ValueError(f"--env-id {env_id}: expected 49 cells and a direction, got {observation_space.shape}; {remedy}")
 
 
 # Copied from cleanrl_memoroid/scan.py:tune_cpu

@@ -20,7 +20,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import check_copies
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "single_files"
-ORIGINALS = ["dqn_tbb_ffm", "ppo_tbb_ffm"]  # every other dqn_*.py and ppo_*.py is a variant
+ORIGINALS = ["dqn_tbb_ffm", "ppo_tbb_ffm", "ppo_tbb_lru_atari_envpool"]  # every other dqn_*.py and ppo_*.py is a variant
 HEADER = re.compile(r"# Variant of single_files/(?P<parent>\w+)\.py\. Changed: (?P<changed>.+)")
 BRACKETS = re.compile(r" \((?:was|were) ([\w.]+(?:, [\w.]+)*)\)")
 ENTRY = re.compile(r"\w+(\.\w+| in __main__)?")
