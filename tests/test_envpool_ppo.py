@@ -1,5 +1,7 @@
 """The PPO scripts on envpool: what reaches the tape, runs from the shell, and several processes that learn as one."""
 
+import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -216,3 +218,65 @@ def test_torchrun_has_one_writer_and_equal_weights(tmp_path):
     assert (one["obs"] != other["obs"]).any() and (one["actions"] != other["actions"]).any()
     for name, tensor in one["agent"].items():
         assert torch.equal(tensor, other["agent"][name]), name
+
+
+@pytest.mark.parametrize(
+    "flags", ["--no-truncation-is-terminal --clip-reward", "--truncation-is-terminal --no-clip-reward --max-prefix 3"]
+)
+def test_the_value_loss_on_atari_is_that_of_returns_computed_by_hand(tmp_path, flags):
+    """No learning, one epoch, one minibatch: half the mean squared advantage, over games that a test knows."""
+    script, steps, count = load_script(ATARI), 4 * 16, 4
+    path = os.pathsep.join([str(ROOT / "tests" / "fake_envpool"), str(ROOT / "tests")])
+    own = "--learning-rate 0 --update-epochs 1 --num-minibatches 1 --gamma 0.9 --gae-lambda 0.8 --total-timesteps 256"
+    own += " --num-envs 4 --num-steps 16 --hidden-size 16 --state-size 4 --eval-episodes 0"
+    run(tmp_path, *own.split(), *flags.split(), script=ATARI, path=path)
+    saved = torch.load(run_folder(tmp_path) / f"{ATARI}.cleanrl_model", weights_only=True)
+    agent = script.Agent(Spaces, script.Args(**saved["args"]))
+    agent.load_state_dict(saved["agent"])
+    spec = importlib.util.spec_from_file_location("fake_envpool", ROOT / "tests" / "fake_envpool" / "envpool.py")
+    games = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(games)
+
+    values, next_values, rewards, ends = np.zeros((4, steps, count))
+    returns, endings = [], set()
+    for i, seed in enumerate(np.random.default_rng(1).integers(2**31, size=(2, count)).tolist()[0]):
+        t, number, game = 0, 0, 0.0
+        while t < steps:
+            frames, gains, ending = games.episode(seed, number)
+            state, found = agent.memory.initial_state(1), []
+            for frame in frames:
+                with torch.no_grad():
+                    _, value, state = agent.step(torch.from_numpy(frame), torch.tensor([not found]), state)
+                found.append(value.item())
+            lost = ending != "time limit" or "--truncation-is-terminal" in flags
+            after = [*found[1:-1], 0.0 if lost else found[-1]]
+            signs = np.sign(gains) if "--clip-reward" in flags else gains
+            for row in range(min(len(gains), steps - t)):
+                values[t, i], next_values[t, i], rewards[t, i] = found[row], after[row], signs[row]
+                game += gains[row]
+                t += 1
+                if row == len(gains) - 1:
+                    ends[t - 1, i] = 1
+                    endings.add(ending)
+                    if ending != "life lost":
+                        returns.append(game)
+                        game = 0.0
+            number += 1
+    assert endings == set(games.ENDINGS)
+
+    expected, deltas = [], rewards + 0.9 * next_values - values
+    for rollout in np.split(np.arange(steps), 4):
+        advantage, squares = np.zeros(count), []
+        for t in rollout[::-1]:
+            advantage = deltas[t] + np.where(ends[t] == 1, 0, 0.9 * 0.8 * advantage)
+            squares.append(advantage**2)
+        expected.append(0.5 * np.mean(squares))
+    logged = scalars(run_folder(tmp_path))
+    np.testing.assert_allclose([value for _, value in logged["losses/value_loss"]], expected, rtol=1e-4)
+    np.testing.assert_allclose(sorted(value for _, value in logged["charts/episodic_return"]), sorted(returns))
+
+
+@pytest.mark.slow
+def test_minigrid_is_learned(tmp_path):
+    out = run(tmp_path, script=MINIGRID).splitlines()[-1]
+    assert float(out.split("episodic_return=")[1].split()[0]) >= 0.95 * 0.978, out  # of the best possible
