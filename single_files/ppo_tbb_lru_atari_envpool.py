@@ -77,7 +77,7 @@ class Args:
     env_id: str = "Pong-v5"
     """the id of the game in envpool: NAME-v5, such as Breakout-v5"""
     env_kwargs: str = "{}"
-    """options of envpool, as JSON, such as '{"repeat_action_probability": 0.25, "img_height": 42, "img_width": 42}'"""
+    """options of envpool, as JSON, such as '{"repeat_action_probability": 0.25, "img_height": 52, "img_width": 52}'"""
     episodic_life: bool = False
     """if toggled, a lost life ends the episode: memory and values begin anew; logs are of whole games either way"""
     clip_reward: bool = True
@@ -243,9 +243,9 @@ def parse_env_kwargs(text):
 
 def check_spaces(env_id, observation_space, action_space):
     """Raises ValueError where this file cannot train, with what can."""
-    if len(observation_space.shape) != 2 or min(observation_space.shape) < 36:
-        remedy = "use a game of Atari, and img_height, img_width of 36 or more and gray_scale among --env-kwargs"
-        raise ValueError(f"--env-id {env_id}: expected grey frames of 36 x 36 pixels, got {observation_space.shape}; {remedy}")
+    if len(observation_space.shape) != 2 or min(observation_space.shape) < 44:  # a LayerNorm over one pixel would be zero
+        remedy = "use a game of Atari, and img_height, img_width of 44 or more and gray_scale among --env-kwargs"
+        raise ValueError(f"--env-id {env_id}: expected grey frames of 44 x 44 pixels, got {observation_space.shape}; {remedy}")
 
 
 # Copied from cleanrl_memoroid/scan.py:tune_cpu
