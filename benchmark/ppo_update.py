@@ -101,7 +101,7 @@ def contender(name, obs, begins, hidden_size=256, minibatches=1):
     agent = script.Agent(SimpleNamespace(single_observation_space=spaces[0], single_action_space=spaces[1]), args)
     # a rate of 0 does the same work, and thousands of updates with one rollout stay where they are
     optimizer = torch.optim.Adam(agent.parameters(), lr=0.0, fused=True)
-    carried_tape = script.CarriedTape(num_envs, OBS_SIZE, agent.memory.initial_state(num_envs))
+    carried_tape = script.CarriedTape(obs, agent.memory.initial_state(num_envs))
     carried_tape.add(obs, begins)
     all_envs, (b_obs, b_begins) = np.arange(num_envs), map(torch.from_numpy, (obs, begins))
 

@@ -165,6 +165,12 @@ def make_env(env_id, env_kwargs, prev_action=True, video_folder=None):
     return thunk
 
 
+# Copied from single_files/ppo_tbb_ffm.py:vector_env
+def vector_env(env_fns):
+    """TBB: in the step that ends an episode, next_obs is the first one of the next episode already; infos has the final."""
+    return gym.vector.SyncVectorEnv(env_fns, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+
+
 # Copied from single_files/dqn_tbb_ffm.py:parse_env_kwargs
 def parse_env_kwargs(text):
     try:
@@ -292,9 +298,9 @@ class Sections(NamedTuple):
 class CarriedTape:
     """TBB: the rows of every environment's running episode; they grow from rollout to rollout until the episode ends."""
 
-    def __init__(self, num_envs, obs_size, recurrent_state):
-        self.obs = [np.zeros((0, obs_size), np.float32)] * num_envs  # [rows, O] each
-        self.begins = [np.zeros(0, bool)] * num_envs  # [rows] each
+    def __init__(self, obs, recurrent_state):
+        self.obs = [obs[:0, i] for i in range(obs.shape[1])]  # [rows, O] each, of the dtype in which rollouts are stored
+        self.begins = [np.zeros(0, bool)] * obs.shape[1]  # [rows] each
         self.state = recurrent_state  # [N, ...] before the first of these rows, where that begins no episode
 
     def add(self, obs, begins):
@@ -309,7 +315,7 @@ class CarriedTape:
         # lone rows, episodes of one step, round the length up: oneDNN takes 10 ms to get ready for a new length
         pad = -rows.sum() % 64
         ends = pad + np.cumsum(rows)
-        obs = np.concatenate([np.zeros((pad, self.obs[0].shape[1]), np.float32), *all_obs])
+        obs = np.concatenate([np.zeros((pad, *self.obs[0].shape[1:]), self.obs[0].dtype), *all_obs])
         begins = np.concatenate([np.ones(pad, bool), *all_begins])
         transitions = (ends[:, None] + np.arange(-num_steps, 0)).flatten()
         arrays = obs, begins, ends - rows, np.asarray(envs), transitions
@@ -523,7 +529,7 @@ def gae(rewards, values, next_values, ends, gamma, gae_lambda):
 # Copied from single_files/ppo_tbb_ffm.py:evaluate
 def evaluate(agent, env_fns, episodes, seeds, device):
     """Returns of greedy episodes [episodes]. Each environment has its share: short episodes are not counted more often."""
-    envs = gym.vector.SyncVectorEnv(env_fns[:episodes], autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    envs = vector_env(env_fns[:episodes])
     share = [len(range(i, episodes, envs.num_envs)) for i in range(envs.num_envs)]
     returns, running = [], np.zeros(envs.num_envs)
     obs, _ = envs.reset(seed=seeds[: envs.num_envs])
@@ -614,8 +620,7 @@ if __name__ == "__main__":
     env_fns = [make_env(args.env_id, env_kwargs, args.prev_action)] * args.num_envs
     videos = f"videos/{run_name}" if args.capture_video else None
     eval_fns = [make_env(args.env_id, env_kwargs, args.prev_action, videos), *env_fns[1:]]
-    # TBB: in the step that ends an episode, next_obs is already the first one of the next episode; infos has the final one
-    envs = gym.vector.SyncVectorEnv(env_fns, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    envs = vector_env(env_fns)
     if args.capture_video:
         if "rgb_array" not in envs.metadata.get("render_modes", ()):
             raise ValueError(f"--capture-video: expected an environment that renders, {args.env_id} does not; drop the flag")
@@ -653,7 +658,8 @@ if __name__ == "__main__":
     next_obs, _ = envs.reset(seed=env_seeds)
     next_begins = np.ones(args.num_envs, bool)  # is next_obs[i] the first of its episode?
     recurrent_state = agent.memory.initial_state(args.num_envs)
-    carried_tape = CarriedTape(args.num_envs, next_obs.shape[1], recurrent_state)
+    obs = np.zeros((args.num_steps, *next_obs.shape), np.float32)
+    carried_tape = CarriedTape(obs, recurrent_state)
     returns, lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, int)  # of the running episodes, so far
     discounted, return_rms = np.zeros(args.num_envs), gym.wrappers.utils.RunningMeanStd()
     global_step, first_iteration = 0, 1
@@ -676,7 +682,6 @@ if __name__ == "__main__":
             carried_tape.carry(next_begins, recurrent_state, args.max_prefix, agent)
 
     # ALGO Logic: Storage setup
-    obs = np.zeros((args.num_steps, *next_obs.shape), np.float32)
     begins, ended = np.zeros((2, args.num_steps, args.num_envs), bool)
     actions = torch.zeros(args.num_steps, args.num_envs, agent.action_size, dtype=agent.action_dtype, device=device)
     logprobs, rewards, values, bootstraps = torch.zeros(4, args.num_steps, args.num_envs, device=device)

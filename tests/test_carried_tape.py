@@ -91,7 +91,7 @@ def test_the_tape_is_the_policy_that_acted(agent, max_prefix):
     if max_prefix and "lstm" in type(agent).__module__:
         pytest.skip("the baseline carries no rows")
     state = agent.memory.initial_state(ENVS)
-    tape = script_of(agent).CarriedTape(ENVS, OBS, state)
+    tape = script_of(agent).CarriedTape(np.zeros((STEPS, ENVS, OBS), np.float32), state)
     lengths = [0] * ENVS
     for obs, begins, next_begins in random_rollouts(5):
         acted, state = act(agent, obs, begins, state)
@@ -119,7 +119,7 @@ def test_states_are_those_of_the_weights_of_now(agent):
     """After an update the running episodes are remembered as the new network would have, from their first rows on."""
     rollouts = random_rollouts(3)
     state = agent.memory.initial_state(ENVS)
-    tape = script_of(agent).CarriedTape(ENVS, OBS, state)
+    tape = script_of(agent).CarriedTape(np.zeros((STEPS, ENVS, OBS), np.float32), state)
     for number, (obs, begins, next_begins) in enumerate(rollouts):
         stale = act(agent, obs, begins, state)[1]
         tape.add(obs, begins)
@@ -143,7 +143,7 @@ def cue_and_reward(agent, max_prefix, edges):
     begins = np.zeros((len(obs), 1), bool)
     begins[0] = True
     state = agent.memory.initial_state(1)
-    tape = script_of(agent).CarriedTape(1, OBS, state)
+    tape = script_of(agent).CarriedTape(obs, state)
     for start, end in zip([0, *edges], [*edges, len(obs)]):
         tape.add(obs[start:end], begins[start:end])
         if end < len(obs):
@@ -185,7 +185,7 @@ def test_nothing_leaks_between_environments_or_episodes(agent, max_prefix):
     found = []
     for poison in (0.0, torch.nan):
         state = agent.memory.initial_state(ENVS)
-        tape = script_of(agent).CarriedTape(ENVS, OBS, state)
+        tape = script_of(agent).CarriedTape(np.zeros((STEPS, ENVS, OBS), np.float32), state)
         for number, (obs, begins, next_begins) in enumerate(random_rollouts(2)):
             obs, begins, next_begins = obs.copy(), begins.copy(), next_begins.copy()
             begins[:, 1:], next_begins[1:] = False, False

@@ -20,9 +20,10 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import check_copies
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "single_files"
-ORIGINALS = ["dqn_tbb_ffm", "ppo_tbb_ffm", "dqn_tbb_lru_atari_envpool"]  # every other dqn_*.py and ppo_*.py is a variant
+# every other dqn_*.py and ppo_*.py is a variant
+ORIGINALS = ["dqn_tbb_ffm", "dqn_tbb_lru_atari_envpool", "ppo_tbb_ffm", "ppo_tbb_lru_atari_envpool"]
 HEADER = re.compile(r"# Variant of single_files/(?P<parent>\w+)\.py\. Changed: (?P<changed>.+)")
-BRACKETS = re.compile(r" \((?:was|were) (\w+(?:, \w+)*)\)")
+BRACKETS = re.compile(r" \((?:was|were) ([\w.]+(?:, [\w.]+)*)\)")
 ENTRY = re.compile(r"\w+(\.\w+| in __main__)?")
 PARSED = {}
 GROUP = "    # Memory specific arguments"

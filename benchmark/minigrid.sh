@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# MiniGrid's memory tasks: bash benchmark/minigrid.sh; then python benchmark/report.py; docs/envpool.md has the results.
+# The short corridors with three seeds, with memory and without; the long ones once, for a budget. Half an hour on two cores.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python}
+script="single_files/ppo_tbb_lru_minigrid_envpool.py"
+flags="--eval-episodes 500 --checkpoint-interval 0"
+
+{ # seeds innermost: a run's folder is named by its seed and the second of its start
+    for task in "S7-v0 --total-timesteps 400000" "S9-v0 --total-timesteps 800000"; do
+        for arm in "$script $flags --exp-name minigrid.lru" "benchmark/memoryless.py $script $flags --exp-name minigrid.memoryless"; do
+            for seed in 1 2 3; do
+                echo "$arm --seed $seed --env-id MiniGrid-Memory$task"
+            done
+        done
+    done
+    for task in S13 S17Random; do
+        echo "$script $flags --exp-name minigrid.lru --env-id MiniGrid-Memory$task-v0 --total-timesteps 2000000"
+    done
+} | OMP_NUM_THREADS=1 xargs -P "${JOBS:-2}" -L 1 "$python"
