@@ -12,14 +12,8 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import check_copies
 
 ROOT = Path(__file__).resolve().parents[1]
-OWN = (
-    "Args",
-    "make_env",
-    "vector_env",
-    "check_spaces",
-    "QNetwork",
-    "Agent",
-)  # what scripts have under one name in versions of their own
+# what scripts have under one name in versions of their own
+OWN = ("Args", "make_env", "vector_env", "check_spaces", "QNetwork", "Agent")
 
 SOURCE = '''"""A source."""
 import functools

@@ -34,9 +34,10 @@ def test_commands_use_flags_that_the_scripts_have():
     texts = [code for _, code in blocks("bash")] + [path.read_text() for path in (ROOT / "benchmark").glob("*.sh")]
     used = {}
     for line in "\n".join(texts).replace("\\\n", " ").splitlines():
-        for script in re.findall(r"((?:single_files|benchmark)/\w+\.py|my_agent\.py)", line)[:1]:  # others are its arguments
-            script = script.replace("my_agent.py", "single_files/dqn_tbb_ffm.py")
-            used.setdefault(script, set()).update(re.findall(r"\s--([a-z-]+)", line.split("#")[0]))
+        for found in re.findall(r"((?:single_files|benchmark)/\w+\.py|my_agent\.py)", line)[:1]:  # others are its arguments
+            script = found.replace("my_agent.py", "single_files/dqn_tbb_ffm.py")
+            flags = line.split("#")[0].partition(found)[2]  # those before it are torchrun's
+            used.setdefault(script, set()).update(re.findall(r"\s--([a-z-]+)", flags))
     assert "resume" in used["single_files/dqn_tbb_ffm.py"]
     for script, flags in used.items():
         shown = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True)
