@@ -492,6 +492,7 @@ class StackedLRU(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(LRU(width, **sizes) for _ in range(num_layers))
 
+    # Copied from single_files/ppo_tbb_lru.py:StackedLRU.forward
     def forward(self, obs, begins, starts, state):
         """[T, H], [T], [E], [E, layers, P] -> [T, H], [E, layers, P]"""
         states = []

@@ -35,8 +35,9 @@ def test_commands_use_flags_that_the_scripts_have():
     used = {}
     for line in "\n".join(texts).replace("\\\n", " ").splitlines():
         for script in re.findall(r"((?:single_files|benchmark)/\w+\.py|my_agent\.py)", line)[:1]:  # others are its arguments
+            flags = line.split(script, 1)[1].split("#")[0]  # those before it are its launcher's
             script = script.replace("my_agent.py", "single_files/dqn_tbb_ffm.py")
-            used.setdefault(script, set()).update(re.findall(r"\s--([a-z-]+)", line.split("#")[0]))
+            used.setdefault(script, set()).update(re.findall(r"\s--([a-z-]+)", flags))
     assert "resume" in used["single_files/dqn_tbb_ffm.py"]
     for script, flags in used.items():
         shown = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True)
