@@ -11,7 +11,7 @@ for seed in 1 2 3; do
     "$python" single_files/dqn_tbb_lru.py --seed "$seed"
     for kwargs in '{}' "$paper"; do
         "$python" single_files/dqn_tbb_lru.py --seed "$seed" $previous --env-kwargs "$kwargs" --total-timesteps 16000
-        "$python" single_files/dqn_tbb_lru.py --seed "$seed" $previous --env-kwargs "$kwargs" --total-timesteps 14000 \
+        "$python" single_files/dqn_tbb_lru.py --seed "$seed" $previous --env-kwargs "$kwargs" --total-timesteps 12000 \
             --hidden-size 256 --state-size 128 --learning-rate 7e-4
     done
 done

@@ -51,7 +51,8 @@ FASTER = {"ffm": (2, 2.7), "lru": (3.3, 3.5), "s5": (3.3, None), "linattn": (1.5
 def parse_args():
     out = parser(__doc__.split("\n")[0])
     out.add_argument("--rows", type=int, nargs="*", default=[1000, 10_000], help="transitions on the tape; none: scans only")
-    scripts = sorted((path.stem for path in (ROOT / "single_files").glob("dqn_*.py")), key=lambda n: ("_sbb_" in n, n))
+    scripts = [path.stem for path in (ROOT / "single_files").glob("dqn_*.py") if path.stem.split("_")[-1] in SIZES]
+    scripts.sort(key=lambda name: ("_sbb_" in name, name))
     out.add_argument("--only", nargs="+", default=scripts, choices=scripts, metavar="SCRIPT", help="scripts to time")
     out.add_argument("--segment-length", type=int, nargs="+", default=[10, 100], help="for the dqn_sbb scripts (transitions)")
     out.add_argument("--paper", help="clone of the paper's repository: time its updates too (needs jax)")
