@@ -24,7 +24,6 @@ def interquartile_means(scores):
 
     With fewer than four runs no quartile is left out, and the IQM is the mean; one run has no interval (nan).
     """
-    from scipy.stats import trim_mean
 
     def aggregate(scores):  # rliable's aggregate_iqm for each point at once; it takes [runs, tasks] of one point
         return trim_mean(scores[:, 0], 0.25, axis=0)
@@ -33,6 +32,7 @@ def interquartile_means(scores):
         return scores[0], np.full_like(scores[0], np.nan), np.full_like(scores[0], np.nan)
     try:
         from rliable.library import get_interval_estimates
+        from scipy.stats import trim_mean
     except ImportError as error:
         raise SystemExit(f"intervals of grids need rliable ({error}); install it: pip install -e '.[bench]'") from error
     state = np.random.get_state()
@@ -165,10 +165,8 @@ def grid_picture(rows, curve, intervals, path, axis_name):
     panels = list(dict.fromkeys(panel_of(row) for row in sorted(rows, key=lambda row: natural(panel_of(row)))))
     names = sorted({color_of(row) for row in rows}, key=lambda name: (name != "tape", natural(name)))
     colors = {name: f"C{i}" for i, name in enumerate(names)}
-    points, bands = (
-        grouped(curve, lambda point: point["key"]),
-        grouped(intervals, lambda row: (row["env_id"], row["env_kwargs"])),
-    )
+    points = grouped(curve, lambda point: point["key"])
+    bands = grouped(intervals, lambda row: (row["env_id"], row["env_kwargs"]))
     unit, x_name = (1000, "global_step") if axis_name == "steps" else (1, "seconds")
     # a column per environment; without memories to tell apart, rows of a few environments each
     columns = len(tasks) if len(panels) > 1 else min(len(tasks), COLUMNS)
@@ -271,7 +269,7 @@ def update_picture(updates, pieces, ppo, path):
         line = [(sizes.index((r["steps"], r["envs"])), float(r["median_ms"])) for r in ppo if r["contender"] == name]
         axis.plot(*np.array(line).T, "o-" if name.startswith("ppo_") else "x--", color=f"C{i}", label=name, markersize=4)
     axis.set_xticks(range(len(sizes)), [f"{steps} x {envs}" for steps, envs in sizes])
-    axis.set(title="PPO: one pass over a rollout", xlabel="steps x environments", yscale="log")
+    axis.set(title="PPO: one minibatch", xlabel="steps x environments", yscale="log")
     for axis in axes[0]:
         axis.grid(alpha=0.3)
         if axis.get_lines():

@@ -19,7 +19,7 @@ import re
 import sqlite3
 from pathlib import Path
 
-from runs import read_events
+from records import read_events
 from tables import task_name, write
 
 # as openrlbenchmark/offline_db.py declares them through peewee

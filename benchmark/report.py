@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from curves import grid_picture, interval_rows, picture, scan_picture, update_picture
-from runs import GOAL, WINDOW, read_grids, read_plain_runs
+from records import GOAL, WINDOW, read_grids, read_plain_runs
 from tables import fill, grouped, markdown, natural, read_rows, task_name, write_rows
 
 MEASURED = ("scan", "update", "update_scan", "collect", "scan_cuda", "memory_length_summary", "ppo_update")
@@ -99,10 +99,11 @@ def evaluation_text(rows):
     texts = [f"greedy return of the final network over {' or '.join(map(str, greedy))} episodes"] if greedy else []
     if any(not row["greedy_return"] for row in done):
         texts.append(f"of programs that do not evaluate: training return of the last {WINDOW} episodes")
-    commits, devices = ({row[name] for row in done if row[name]} for name in ("commit", "device"))
+    devices = {row["device"] for row in done if row["device"]}
+    commits = {row["commit"][:7] + (" with changes" if str(row["dirty"]) == "True" else "") for row in done if row["commit"]}
     texts = texts or ["no run has ended yet"]
     texts += ["device: " + ", ".join(sorted(devices))] if devices else []
-    texts += ["code of " + ", ".join(sorted(commit[:7] for commit in commits))] if commits else []
+    texts += ["code of " + ", ".join(sorted(commits))] if commits else []
     return "; ".join([states(rows), *texts, "mean ± sd over seeds"])
 
 
@@ -116,16 +117,19 @@ def crossed_table(rows):
     return f"{evaluation_text(rows)}\n\n{markdown(table, ['arm', *heads.values()])}{trouble(rows)}"
 
 
-def reference_table(rows, reference):
-    """Environments as rows, arms as columns, and what others published beside them: {environment: text}."""
-    table, arms = [], sorted({row["arm"] for row in rows}, key=natural)
+def reference_table(rows, published, source):
+    """Environments as rows, arms as columns, and beside them what others published: an env_id and columns of their own."""
+    if published and "env_id" not in published[0]:
+        raise ValueError(f"popgym_reference.csv: expected a column env_id, got {', '.join(published[0])}; rename one")
+    table, arms, theirs = [], sorted({row["arm"] for row in rows}, key=natural), {row["env_id"]: row for row in published}
+    columns = [name for name in (published[0] if published else {}) if name != "env_id"]
     for task, members in grouped(rows, task_name).items():
         cells = grouped(members, lambda row: row["arm"])
         row = {"environment": task.removeprefix("popgym-"), "steps": steps_text(members)}
         row |= {arm: cell_text(cells[arm]) if arm in cells else "" for arm in arms}
-        table.append(row | {"reference": reference.get(members[0]["env_id"], "")})
-    columns = ["environment", "steps", *arms] + (["reference"] if reference else [])
-    return f"{evaluation_text(rows)}\n\n{markdown(table, columns)}{trouble(rows)}"
+        table.append(row | {name: theirs.get(members[0]["env_id"], {}).get(name, "") for name in columns})
+    text = ". ".join(part for part in (evaluation_text(rows), source) if part)
+    return f"{text}\n\n{markdown(table, ['environment', 'steps', *arms, *columns])}{trouble(rows)}"
 
 
 def reached_text(cell, column, digits):
@@ -196,16 +200,10 @@ def grid_tables(name, rows, results):
         table = race_table(rows)
     elif name == "popgym_easy":
         path = results.parent / "popgym_reference.csv"
-        published = read_rows(path)[0] if path.exists() else []
-        table = reference_table(rows, {row["env_id"]: reference_text(row) for row in published})
+        table = reference_table(rows, *(read_rows(path) if path.exists() else ([], "")))
     else:
         table = crossed_table(rows)
     return {name: table, f"{name}_runs": long_table(rows)}
-
-
-def reference_text(row):
-    """What popgym_reference.csv holds on an environment, without its name."""
-    return ", ".join(value for name, value in row.items() if name != "env_id" and value)
 
 
 def is_grid(rows):
@@ -213,7 +211,7 @@ def is_grid(rows):
     return bool(rows) and "key" in rows[0]
 
 
-def collect(root, runs, results):
+def collect(root, runs, results, with_intervals=True):
     """Writes the CSV files of every run below a folder."""
     grids, folders = read_grids(runs, root, results)
     for name, found in read_plain_runs(runs, folders).items():
@@ -223,7 +221,10 @@ def collect(root, runs, results):
         write_rows(results / f"{name}.csv", rows)
         if curve:
             write_rows(results / f"{name}_curves.csv", curve)
-            write_rows(results / f"{name}_intervals.csv", interval_rows(rows, curve))
+            path = results / f"{name}_intervals.csv"
+            path.unlink(missing_ok=True)  # rather none than those of other curves
+            if with_intervals:
+                write_rows(path, interval_rows(rows, curve))
 
 
 def measured_tables(results):
@@ -266,11 +267,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parents[1], help="the repository")
     parser.add_argument("--runs", default="runs", help='folder of the runs below the root; "" leaves them out')
-    parser.add_argument("--no-pictures", action="store_true", help="tables only; needs no matplotlib")
+    parser.add_argument("--no-pictures", action="store_true", help="tables only; needs neither matplotlib nor rliable")
     args = parser.parse_args()
     results = args.root / "benchmark" / "results"
     if args.runs:
-        collect(args.root, args.root / args.runs, results)
+        collect(args.root, args.root / args.runs, results, with_intervals=not args.no_pictures)
     if not args.no_pictures:
         draw(results)
     tables = measured_tables(results)

@@ -48,6 +48,22 @@ def backends(device):
     return [name for name in ("triton" if device == "cuda" else "numba", "torch") if importlib.util.find_spec(name)]
 
 
+def torch_associative_scan():
+    """(decay [T, C], x) -> h by PyTorch's own associative_scan, or None where it is missing: it is a prototype and may move.
+
+    Not compiled: its compiler makes no code for complex numbers (PyTorch 2.13), takes half a minute, and gains nothing.
+    """
+    try:
+        from torch._higher_order_ops.associative_scan import associative_scan
+    except ImportError:
+        return None
+
+    def operator(left, right):
+        return left[0] * right[0], right[0] * left[1] + right[1]
+
+    return lambda decay, x: associative_scan(operator, (decay, x), 0, combine_mode="generic")[1]
+
+
 def finisher(device):
     """What a stopwatch has to wait for."""
     return torch.cuda.synchronize if device == "cuda" else lambda: None
@@ -87,12 +103,17 @@ def contenders(steps, args, jax):
 
     for backend in backends(args.device):
         add(backend, lambda decay, x, backend=backend: linear_scan(decay, x, begins, backend=backend), w, decay, leaf)
+    # in the layouts of others, with resets as decays of zero: repeated over time outside the stopwatch
+    gates = torch.where(begins[:, None], 0, decay.detach().to(x.dtype))
+    if (torchs := torch_associative_scan()) and (steps <= 16384 or args.all):
+        ours, theirs = linear_scan(decay.detach(), x, begins), torchs(gates, x)
+        assert (ours - theirs).abs().max() < 1e-3 * ours.abs().max(), f"torch's and linear_scan disagree at T = {steps}"
+        add("torch associative_scan", torchs, w, gates.clone().requires_grad_(), leaf)
     if args.device == "cuda" and importlib.util.find_spec("accelerated_scan"):
         from accelerated_scan.complex import scan
 
-        # in its own layout [1, D, T], with resets as decays of zero: repeated over time and transposed outside the stopwatch
-        gates = torch.where(begins[:, None], 0, decay.detach().to(x.dtype)).T[None].contiguous().requires_grad_()
-        add("accelerated_scan", scan, w.T[None].contiguous(), gates, x.T[None].contiguous().requires_grad_())
+        rows = [tensor.T[None].contiguous() for tensor in (w, gates, x)]  # [1, D, T]
+        add("accelerated_scan", scan, rows[0], *(tensor.requires_grad_() for tensor in rows[1:]))
     if jax and (steps <= 16384 or args.all):
         for name, baseline in (("jax paper", "paper_operator_scan"), ("jax lax.scan", "lax_scan")):
             forward[name] = OwnProcess("jax_baselines", baseline, steps, CHANNELS, flags, rates)

@@ -1,6 +1,7 @@
 """benchmark/report.py on hand-made runs: what it counts, what it names, and that pictures follow from the CSV files alone."""
 
 import csv
+import importlib.util
 import json
 import re
 import shutil
@@ -13,7 +14,7 @@ import pytest
 from conftest import ROOT
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 STARTED = 1_700_000_000.0  # seconds since 1970, 2023-11-14T22:13:20Z
 
@@ -28,13 +29,14 @@ def report():
 
 def log(folder, training, evaluation):
     """TensorBoard events of a run: training [(step, seconds since its start, return)], evaluation [return]."""
-    writer = EventFileWriter(str(folder))
+    folder.mkdir(parents=True)
     events = [(step, seconds, "charts/episodic_return", value) for step, seconds, value in training]
     events += [(i, training[-1][1], "eval/episodic_return", value) for i, value in enumerate(evaluation)]
-    for step, seconds, tag, value in events:
-        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
-        writer.add_event(Event(wall_time=STARTED + seconds, step=step, summary=summary))
-    writer.close()
+    with open(folder / "events.out.tfevents.1", "wb") as file:
+        writer = RecordWriter(file)
+        for step, seconds, tag, value in events:
+            summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
+            writer.write(Event(wall_time=STARTED + seconds, step=step, summary=summary).SerializeToString())
 
 
 def add_run(root, arm, seed, training=(), evaluation=(), grid="tiny", **changes):
@@ -67,7 +69,7 @@ def root(tmp_path):
     add_run(tmp_path, "ffm tape", 2, steady(0.4), [0.8, 1.0])
     error = f"Traceback\nValueError: tape | too long in {tmp_path}/single_files/x.py\nexit status 1"
     add_run(tmp_path, "ffm tape", 3, steady(-1.0), [-1.0], state="failed", exit_status=1, error=error)
-    add_run(tmp_path, "ffm segments", 1, steady(0.1), [0.25])
+    add_run(tmp_path, "ffm segments", 1, steady(0.1), [0.25], dirty=True)
     add_run(tmp_path, "ffm segments", 2, state="waiting", seconds=0.0, started=None, exit_status=None, commit=None)
     return tmp_path
 
@@ -109,7 +111,9 @@ def test_table_counts_finished_runs_and_names_the_others(report, root, means_of_
     assert "failed: popgym-A-v0, ffm tape, seed 3: `ValueError: tape | too long in single_files/x.py (exit status 1)`" in text
     assert "unfinished: popgym-A-v0, ffm segments, seed 2" in text
     assert "3 of 5 done, 1 failed, 1 unfinished; greedy return of the final network over 1 or 2 episodes" in text
+    assert "code of 0123456, 0123456 with changes;" in text
     assert str(root) not in text
+    assert report.markdown([{"a": "|h|"}], ["a"]).splitlines()[-1] == "| \\|h\\| |"  # a bar would start a cell
 
 
 def test_rows_say_what_ran(report, root, means_of_runs):
@@ -138,20 +142,20 @@ def test_curves_hold_current_returns_by_steps_and_seconds(report, root, means_of
 
 
 def test_steps_to_the_goal_are_those_of_the_first_full_window(report, tmp_path):
-    import runs
+    import records
 
     learned = [(10 * i, 2 + i, 0.0 if i <= 150 else 1.0) for i in range(1, 301)]
     add_run(tmp_path, "a", 1, learned, [1.0], total_timesteps=3000)
     add_run(tmp_path, "b", 1, learned[:99], [1.0], total_timesteps=3000)  # less than a window
     add_run(tmp_path, "c", 1, learned, [1.0], total_timesteps=3000, resumed="2023-11-14T23:13:20+00:00")
     add_run(tmp_path, "d", 1, learned[:200], (), total_timesteps=3000)  # a program that does not evaluate, and is half way
-    a, b, c, d = (runs.read_record(path, tmp_path)[0] for path in sorted(tmp_path.glob("runs/grids/tiny/*/record.json")))
+    a, b, c, d = (records.read_record(path, tmp_path)[0] for path in sorted(tmp_path.glob("runs/grids/tiny/*/record.json")))
     assert (a["steps_to_goal"], a["seconds_to_goal"]) == (2450, "247.0")  # episode 245: 95 of the last 100 returned 1
     assert (b["steps_to_goal"], b["seconds_to_goal"]) == ("", "")
     assert (c["steps_to_goal"], c["seconds_to_goal"]) == (2450, "")  # its clock ran while it did not
     assert (d["greedy_return"], d["training_return"], d["steps_to_goal"]) == ("", "0.5000", "")
     add_run(tmp_path, "lost", 1, folder="runs/grids/tiny/gone")
-    lost, points = runs.read_record(tmp_path / "runs/grids/tiny/lost-1/record.json", tmp_path)
+    lost, points = records.read_record(tmp_path / "runs/grids/tiny/lost-1/record.json", tmp_path)
     assert lost["state"] == "failed" and "missing" in lost["error"] and points == []
     text = report.race_table([{name: str(value) for name, value in row.items()} for row in (a, b, c, d, lost)])
     assert "| A-v0 | a | 3,000 | 1 of 1 done | 2,450 | 247.0 |" in text and "| 1 of 1 done | never | never |" in text
@@ -174,18 +178,19 @@ def test_a_published_number_stands_beside_ours(report, root, means_of_runs):
     for path in root.glob("runs/grids/*/*/record.json"):
         path.write_text(path.read_text().replace("grids/tiny", "grids/popgym_easy"))
     (root / "README.md").write_text("<!-- results: popgym_easy -->\n<!-- end results -->\n")
-    (root / "benchmark" / "popgym_reference.csv").write_text("# a paper\nenv_id,return\npopgym-A-v0,0.9\n")
+    (root / "benchmark" / "popgym_reference.csv").write_text('# Of a paper.\nenv_id,"PPO, GRU"\npopgym-A-v0,0.9\n')
     collect(report, root)
     text = make(root, "--runs", "", "--no-pictures")
-    assert "| environment | steps | ffm segments | ffm tape | reference |" in text
+    assert "| environment | steps | ffm segments | ffm tape | PPO, GRU |" in text
+    assert "mean ± sd over seeds. Of a paper." in text
     assert "| A-v0 | 100 | 0.250 (1 of 2 done, 1 unfinished) | 0.750 ± 0.150 (2 of 3 done, 1 failed) | 0.9 |" in text
 
 
 def test_batching_is_read_off_script_and_flags(report):
-    import runs
+    import records
 
     def of(script, *flags):
-        return runs.batching({"script": script, "flags": flags})
+        return records.batching({"script": script, "flags": flags})
 
     assert of("single_files/dqn_tbb_s5.py", "--segment-length", "9") == ("s5", "tape")
     assert of("single_files/dqn_sbb_lru.py", "--segment-length", "50") == ("lru", "segments of 50")
@@ -206,6 +211,28 @@ def test_intervals_are_rliables(report):
     np.testing.assert_array_equal(curves.interquartile_means(scores)[1], low)
     alone = curves.interquartile_means(scores[:1])
     assert (alone[0] == scores[0]).all() and np.isnan(alone[1:]).all()
+
+
+def test_committed_intervals_are_those_of_the_committed_curves(report):
+    """Checked in full where rliable is installed; anywhere, that they are of as many runs as are done, over the same steps."""
+    import curves
+    from tables import grouped, read_rows
+
+    for path in (ROOT / "benchmark" / "results").glob("*_intervals.csv"):
+        name = path.stem.removesuffix("_intervals")
+        found, rows, curve = (read_rows(path.with_name(f"{n}.csv"))[0] for n in (path.stem, name, f"{name}_curves"))
+        if importlib.util.find_spec("rliable"):
+            ours = [{key: str(value) for key, value in row.items()} for row in curves.interval_rows(rows, curve)]
+            assert ours == found, f"{path.name}: run benchmark/report.py"
+        done = {row["key"]: row for row in rows if row["state"] == "done"}
+        assert {point["key"] for point in curve} == set(done)
+        for cell in grouped(done.values(), lambda row: (row["env_id"], row["env_kwargs"], row["arm"])).values():
+            band = [
+                r for r in found if all(r[c] == cell[0][c] for c in ("env_id", "env_kwargs", "arm")) and r["axis"] == "steps"
+            ]
+            assert {row["runs"] for row in band} == {str(len(cell))}
+            steps = [{p["global_step"] for p in curve if p["key"] == row["key"]} for row in cell]
+            assert {row["x"] for row in band} == set.intersection(*steps)
 
 
 def same_picture(ours, theirs):
