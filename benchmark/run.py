@@ -179,9 +179,7 @@ def start(root, folder, held, workers):
     saved = sorted(folder.glob("runs/*/checkpoint.pt"))
     log = folder / "log.txt"
     if saved and record["state"] != "failed" and record["commit"] == commit:
-        if (
-            record["state"] == "running"
-        ):  # its runner was killed and could not add this piece's time: until the last sign of life
+        if record["state"] == "running":  # its runner was killed and could not add its time: until its last sign of life
             since = datetime.fromisoformat(record["resumed"] or record["started"]).timestamp()
             record["seconds"] += max(0.0, max(log.stat().st_mtime, saved[-1].stat().st_mtime) - since)
         flags = ["--resume", str(saved[-1].parent.relative_to(folder))]
