@@ -95,6 +95,7 @@ def parse_line(line, root):
         "started": None,
         "resumed": None,  # when it last went on from a checkpoint
         "seconds": 0.0,  # of the process, from start to end, all its pieces together
+        "cpu_seconds": 0.0,  # processor time of the same: what `seconds` hides on a busy machine
         "exit_status": None,
         "state": "waiting",
         "error": None,
@@ -178,9 +179,7 @@ def start(root, folder, held, workers):
     saved = sorted(folder.glob("runs/*/checkpoint.pt"))
     log = folder / "log.txt"
     if saved and record["state"] != "failed" and record["commit"] == commit:
-        if (
-            record["state"] == "running"
-        ):  # its runner was killed and could not add this piece's time: until the last sign of life
+        if record["state"] == "running":  # its runner was killed and could not add its time: until its last sign of life
             since = datetime.fromisoformat(record["resumed"] or record["started"]).timestamp()
             record["seconds"] += max(0.0, max(log.stat().st_mtime, saved[-1].stat().st_mtime) - since)
         flags = ["--resume", str(saved[-1].parent.relative_to(folder))]
@@ -188,7 +187,7 @@ def start(root, folder, held, workers):
     else:
         shutil.rmtree(folder / "runs", ignore_errors=True)
         flags = record["flags"]
-        record |= {"started": now(), "resumed": None, "seconds": 0.0}
+        record |= {"started": now(), "resumed": None, "seconds": 0.0, "cpu_seconds": 0.0}
     device = "cuda" if "--cuda" in record["flags"] else "cpu"
     record |= {"state": "running", "error": None, "exit_status": None, "commit": commit, "dirty": dirty, "workers": workers}
     record |= {"versions": versions(), "device": f"{device_name(device)}, {os.cpu_count()} CPU cores"}
@@ -209,6 +208,16 @@ def start(root, folder, held, workers):
             preexec_fn=die_with_parent,
         )
     return Active(process, held, record, time.monotonic())
+
+
+def has_ended(run):
+    """Has its process ended? If so, adds its processor time to the record."""
+    if run.process.returncode is None:
+        pid, status, usage = os.wait4(run.process.pid, os.WNOHANG)  # as Popen.poll, which throws the usage away
+        if pid:
+            run.process.returncode = os.waitstatus_to_exitcode(status)
+            run.record["cpu_seconds"] = round(run.record["cpu_seconds"] + usage.ru_utime + usage.ru_stime, 2)
+    return run.process.returncode is not None
 
 
 def finish(root, folder, run, stopped=False):
@@ -237,7 +246,7 @@ def stop(root, active):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(run.process.pid, sent)
         until = time.monotonic() + GRACE
-        while any(run.process.poll() is None for run in active.values()) and time.monotonic() < until:
+        while not all([has_ended(run) for run in active.values()]) and time.monotonic() < until:
             time.sleep(0.05)
     for folder, run in active.items():
         finish(root, folder, run, stopped=run.process.returncode != 0)
@@ -309,12 +318,13 @@ def run_here(root, folders, workers, retry_since):
                         record = active[folder].record
                     progress.tell(record)
             for folder, run in list(active.items()):
-                if run.process.poll() is not None:
+                if has_ended(run):
                     del active[folder]
                     progress.tell(finish(root, folder, run))
             time.sleep(0.1)
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would leave runs behind
+        for sent in (signal.SIGINT, signal.SIGTERM):  # a second one would leave runs behind
+            signal.signal(sent, signal.SIG_IGN)
         stop(root, active)
         progress.bar.close()
 
@@ -370,8 +380,8 @@ def main():
     if args.workers < 1:
         raise SystemExit(f"--workers: expected at least 1, got {args.workers}; raise it")
     root = args.root.resolve()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    signal.signal(signal.SIGHUP, lambda *_: sys.exit(128 + signal.SIGHUP))
+    for sent in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # SIGINT too: a shell's background jobs would ignore it
+        signal.signal(sent, lambda number, _: sys.exit(128 + number))
     retry_since = now() if args.retry_failed else None
     if args.job:
         folder = root / "runs" / "grids" / args.name / args.job
@@ -393,13 +403,10 @@ def main():
             parameters[key] = int(value) if value.isdigit() else value
     except ValueError as error:
         raise SystemExit(f"run.py: {error}") from None
-    try:
-        if args.slurm is None:
-            run_here(root, folders, args.workers, retry_since)
-        else:
-            run_jobs(root, folders, args.cluster, args.workers, parameters, retry_since)
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+    if args.slurm is None:
+        run_here(root, folders, args.workers, retry_since)
+    else:
+        run_jobs(root, folders, args.cluster, args.workers, parameters, retry_since)
     ended = [(folder, read_record(folder)) for folder in folders]
     for folder, record in ended:
         if record["state"] != "done":

@@ -10,6 +10,7 @@ from collections import Counter
 
 import pytest
 from conftest import ROOT
+from scripts import run_folder, scalars
 
 # writes a line per start and per step; steps last --pause seconds; --resume goes on behind the last step saved
 SCRIPT = """
@@ -115,7 +116,7 @@ def test_records_what_ran_and_how_it_ended(root):
     assert record["env_kwargs"] == '{"k": 1}' and record["total_timesteps"] is None
     assert record["state"] == "done" and record["exit_status"] == 0 and record["error"] is None and record["workers"] == 2
     assert record["versions"]["torch"] and record["device"] and record["started"].endswith("+00:00")
-    assert 0 < record["seconds"] < 30
+    assert 0 < record["cpu_seconds"] < record["seconds"] < 30
     assert (root / record["folder"]).is_dir() and not os.path.isabs(record["folder"])
     assert rows(root, record, "log.txt")[-1] == "finished"
 
@@ -231,3 +232,16 @@ def test_a_bad_line_is_refused_before_anything_runs(root, text, message):
     status, out = run(root, text)
     assert status != 0 and message in out and "Traceback" not in out
     assert not list(root.glob("runs/grids/grid/*/starts"))
+
+
+@pytest.mark.slow
+def test_the_baseline_logs_what_the_report_reads(tmp_path):
+    pytest.importorskip("sb3_contrib", reason="pip install -e '.[bench]'")
+    command = [sys.executable, ROOT / "benchmark" / "sb3_recurrent_ppo.py", "--eval-episodes", "10"]
+    subprocess.run([*command, "--total-timesteps", "1000"], cwd=tmp_path, check=True)
+    logged = scalars(run_folder(tmp_path))
+    training, evaluation = logged["charts/episodic_return"], logged["eval/episodic_return"]
+    assert len(training) == 16 and training[0][0] == 51 * 8  # RepeatFirstEasy has 51 steps; eight environments, 1,024 steps
+    assert logged["charts/episodic_length"] == [(step, 51) for step, _ in training]
+    assert [step for step, _ in evaluation] == list(range(10))
+    assert all(-1 <= value <= 1 for _, value in training + evaluation)
