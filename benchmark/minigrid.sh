@@ -16,7 +16,9 @@ flags="--eval-episodes 500 --checkpoint-interval 0"
         done
     done
     echo "$script $flags --exp-name minigrid.lru-entropy-0.01 --env-id MiniGrid-MemoryS9-v0 --total-timesteps 800000"
-    for task in "S13-v0" "S17Random-v0 --ent-coef 0.03"; do
-        echo "$script $flags --exp-name minigrid.lru --total-timesteps 2000000 --env-id MiniGrid-Memory$task"
+    echo "$script $flags --exp-name minigrid.lru --total-timesteps 2000000 --env-id MiniGrid-MemoryS13-v0"
+    for task in S13 S17Random; do
+        echo "$script $flags --exp-name minigrid.lru-entropy-0.03 --total-timesteps 2000000 --env-id MiniGrid-Memory$task-v0" \
+            "--ent-coef 0.03"
     done
 } | OMP_NUM_THREADS=1 xargs -P "${JOBS:-2}" -L 1 "$python"
