@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 CHANGES = {
-    "self.memory(self.encoder(tape.obs), tape.begins,": "self.memory(self.encoder(tape.obs), torch.ones_like(tape.begins),",
+    "self.memory(self.encoder(obs), begins,": "self.memory(self.encoder(obs), torch.ones_like(begins),",
     "self.memory.step(self.encoder(obs), begins,": "self.memory.step(self.encoder(obs), torch.ones_like(begins),",
 }
 

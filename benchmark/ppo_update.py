@@ -65,10 +65,13 @@ def parse_args():
 
 
 def step_by_step(lstm, x, begins):
-    """x [S, N, H], begins [S, N] -> [S, N, H]; hidden and cell are multiplied by 0 where an episode begins."""
+    """x [S, N, H], begins [S, N] -> [S, N, H]; hidden and cell are multiplied by 0 where an episode begins.
+
+    Operator for operator what CleanRL's script does in a step.
+    """
     state, out = x.new_zeros(2, 1, x.shape[1], lstm.hidden_size), []
-    for row, keep in zip(x, (1 - begins.to(x.dtype))[:, None, :, None]):
-        h, state = lstm(row[None], (keep * state[0], keep * state[1]))
+    for row, begin in zip(x, begins.to(x.dtype)):
+        h, state = lstm(row[None], ((1 - begin).view(1, -1, 1) * state[0], (1 - begin).view(1, -1, 1) * state[1]))
         out.append(h)
     return torch.cat(out)
 

@@ -356,8 +356,11 @@ class LSTM(nn.Module):
             else:
                 nn.init.orthogonal_(param, 1.0)
 
-    def forward(self, obs, begins, starts, state):
-        """All sections of a rollout at once. [T, H], [T], [E], [E, 2, O] -> [T, O], None: no prefix, no state to recompute"""
+    def forward(self, obs, begins, starts, state, rows):
+        """All sections of a rollout at once, as there is no prefix, and no state to recompute.
+
+        [T, H], [T], [E], [E, 2, O], [B] -> [B, O], None
+        """
         fresh, begins = begins[starts], begins.index_fill(0, starts, True)
         firsts, piece = begins.nonzero().squeeze(1), begins.cumsum(0) - 1  # [P] where each piece begins; [T] each row's piece
         before = obs.new_zeros(len(firsts), *state.shape[1:])
@@ -366,12 +369,12 @@ class LSTM(nn.Module):
         lengths = torch.diff(firsts, append=firsts.new_tensor([len(obs)]))
         hidden, place = obs.new_zeros(len(obs), self.lstm.hidden_size), torch.empty_like(lengths)
         for group in lengths.argsort(stable=True).tensor_split(min(4, len(lengths))):  # of like lengths: less padding
-            rows, place[group] = torch.isin(piece, group).nonzero().squeeze(1), torch.arange(len(group), device=obs.device)
-            at_rows = at[rows], place[piece[rows]]
-            padded = obs.new_zeros(int(lengths[group].max()), len(group), obs.shape[1]).index_put(at_rows, obs[rows])
+            here, place[group] = torch.isin(piece, group).nonzero().squeeze(1), torch.arange(len(group), device=obs.device)
+            at_here = at[here], place[piece[here]]
+            padded = obs.new_zeros(int(lengths[group].max()), len(group), obs.shape[1]).index_put(at_here, obs[here])
             out, _ = self.lstm(padded, tuple(before[group].transpose(0, 1)[:, None].contiguous()))
-            hidden = hidden.index_put((rows,), out[at_rows])
-        return hidden, None
+            hidden = hidden.index_put((here,), out[at_here])
+        return hidden.index_select(0, rows) if len(rows) < len(hidden) else hidden, None
 
     def step(self, obs, begins, recurrent_state):
         """One step of N environments, each from its own state. [N, H], [N], [N, 2, O] -> [N, O], [N, 2, O]"""
@@ -419,8 +422,9 @@ class Agent(nn.Module):
     # Copied from single_files/ppo_tbb_ffm.py:Agent.forward
     def forward(self, tape):
         """TBB: policy and value [B] at the rows with a loss, and the recurrent state after each section [E, ...]"""
-        markov_state, recurrent_state = self.memory(self.encoder(tape.obs), tape.begins, tape.starts, tape.state)
-        return *self.heads(markov_state.index_select(0, tape.transitions)), recurrent_state
+        obs, begins, starts, state, rows = tape
+        markov_state, recurrent_state = self.memory(self.encoder(obs), begins, starts, state, rows)
+        return *self.heads(markov_state), recurrent_state
 
     # Copied from single_files/ppo_tbb_ffm.py:Agent.step
     def step(self, obs, begins, recurrent_state):

@@ -401,11 +401,17 @@ class FFM(nn.Module):
         identity = tuple(e.to(x.device) for e in self.identity)
         return blelloch_scan(resettable(self.operator, identity), (x, torch.ones(len(x), device=x.device), begins))[0]
 
-    def forward(self, obs, begins, starts, state):
-        """TBB: all sections of a tape at once, and the state after each. [T, H], [T], [E], [E, ...] -> [T, O], [E, ...]"""
+    def forward(self, obs, begins, starts, state, rows):
+        """TBB: all sections of a tape at once: what is read at `rows` [B], and the recurrent state after each section.
+
+        [T, H], [T], [E], [E, ...], [B] -> [B, O], [E, ...]
+        """
         x, gated = self.lift(obs)
         x = self.scan(*enter(x, self.decay(), begins, starts, state))
-        return self.readout(x, gated), x[F.pad(starts[1:], (0, 1), value=len(x)) - 1]
+        after = x[F.pad(starts[1:], (0, 1), value=len(x)) - 1]
+        if len(rows) < len(x):
+            x, *gated = (v.index_select(0, rows) for v in (x, *gated))
+        return self.readout(x, gated), after
 
     # Copied from single_files/dqn_tbb_ffm.py:FFM.step
     def step(self, obs, begins, recurrent_state):
@@ -450,8 +456,9 @@ class Agent(nn.Module):
 
     def forward(self, tape):
         """TBB: policy and value [B] at the rows with a loss, and the recurrent state after each section [E, ...]"""
-        markov_state, recurrent_state = self.memory(self.encoder(tape.obs), tape.begins, tape.starts, tape.state)
-        return *self.heads(markov_state.index_select(0, tape.transitions)), recurrent_state
+        obs, begins, starts, state, rows = tape
+        markov_state, recurrent_state = self.memory(self.encoder(obs), begins, starts, state, rows)
+        return *self.heads(markov_state), recurrent_state
 
     def step(self, obs, begins, recurrent_state):
         """TBB: policy and value [N] of one step of N environments, and their states. [N, O], [N], [N, ...]"""

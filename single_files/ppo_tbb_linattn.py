@@ -457,8 +457,11 @@ class LinearAttention(nn.Module):
         read = Chunks.apply(*chunks, self.scan).flatten(0, 1)[:steps]
         return read if spoilt is None else torch.where(spoilt[:, None], torch.nan, read)
 
-    def forward(self, obs, begins, starts, state):
-        """TBB: all sections of a tape at once, and the state after each. [T, H], [T], [E], [E, ...] -> [T, O], [E, ...]"""
+    def forward(self, obs, begins, starts, state, rows):
+        """TBB: all sections of a tape at once: what is read at `rows` [B], and the recurrent state after each section.
+
+        [T, H], [T], [E], [E, ...], [B] -> [B, O], [E, ...]
+        """
         query, key, value, skip = self.lift(obs)
         row, fresh = torch.arange(len(obs), device=obs.device), begins[starts]
         begins = begins.index_fill(0, starts, True)
@@ -474,6 +477,8 @@ class LinearAttention(nn.Module):
                 first[last].tolist(), (last + 1).tolist(), starts.tolist(), state * ~fresh[:, None, None]
             ):
                 after.append(key[begin:end].T @ value[begin:end] + (earlier if begin == start else 0))
+        if len(rows) < len(read):
+            read, skip = read.index_select(0, rows), skip.index_select(0, rows)
         return self.readout(read, skip), torch.stack(after)
 
     # Copied from single_files/dqn_tbb_linattn.py:LinearAttention.step
@@ -523,8 +528,9 @@ class Agent(nn.Module):
     # Copied from single_files/ppo_tbb_ffm.py:Agent.forward
     def forward(self, tape):
         """TBB: policy and value [B] at the rows with a loss, and the recurrent state after each section [E, ...]"""
-        markov_state, recurrent_state = self.memory(self.encoder(tape.obs), tape.begins, tape.starts, tape.state)
-        return *self.heads(markov_state.index_select(0, tape.transitions)), recurrent_state
+        obs, begins, starts, state, rows = tape
+        markov_state, recurrent_state = self.memory(self.encoder(obs), begins, starts, state, rows)
+        return *self.heads(markov_state), recurrent_state
 
     # Copied from single_files/ppo_tbb_ffm.py:Agent.step
     def step(self, obs, begins, recurrent_state):

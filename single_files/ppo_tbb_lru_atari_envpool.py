@@ -477,11 +477,17 @@ class LRU(nn.Module):
         return blelloch_scan(resettable(self.operator, identity), (decay, x, begins))[1]
 
     # Copied from single_files/ppo_tbb_ffm.py:FFM.forward
-    def forward(self, obs, begins, starts, state):
-        """TBB: all sections of a tape at once, and the state after each. [T, H], [T], [E], [E, ...] -> [T, O], [E, ...]"""
+    def forward(self, obs, begins, starts, state, rows):
+        """TBB: all sections of a tape at once: what is read at `rows` [B], and the recurrent state after each section.
+
+        [T, H], [T], [E], [E, ...], [B] -> [B, O], [E, ...]
+        """
         x, gated = self.lift(obs)
         x = self.scan(*enter(x, self.decay(), begins, starts, state))
-        return self.readout(x, gated), x[F.pad(starts[1:], (0, 1), value=len(x)) - 1]
+        after = x[F.pad(starts[1:], (0, 1), value=len(x)) - 1]
+        if len(rows) < len(x):
+            x, *gated = (v.index_select(0, rows) for v in (x, *gated))
+        return self.readout(x, gated), after
 
     # Copied from single_files/dqn_tbb_lru.py:LRU.step
     def step(self, obs, begins, recurrent_state):
@@ -500,11 +506,12 @@ class StackedLRU(nn.Module):
         self.layers = nn.ModuleList(LRU(width, **sizes) for _ in range(num_layers))
 
     # Copied from single_files/ppo_tbb_lru.py:StackedLRU.forward
-    def forward(self, obs, begins, starts, state):
-        """[T, H], [T], [E], [E, layers, P] -> [T, H], [E, layers, P]"""
-        states = []
+    def forward(self, obs, begins, starts, state, rows):
+        """Only the layer on top can do with fewer rows. [T, H], [T], [E], [E, layers, P], [B] -> [B, H], [E, layers, P]"""
+        states, every_row = [], torch.arange(len(obs), device=obs.device)
         for layer, layer_state in zip(self.layers, state.unbind(1)):
-            obs, layer_state = layer(obs, begins, starts, layer_state)
+            layer_rows = rows if layer is self.layers[-1] else every_row
+            obs, layer_state = layer(obs, begins, starts, layer_state, layer_rows)
             states.append(layer_state)
         return obs, torch.stack(states, 1)
 
@@ -572,8 +579,9 @@ class Agent(nn.Module):
     # Copied from single_files/ppo_tbb_ffm.py:Agent.forward
     def forward(self, tape):
         """TBB: policy and value [B] at the rows with a loss, and the recurrent state after each section [E, ...]"""
-        markov_state, recurrent_state = self.memory(self.encoder(tape.obs), tape.begins, tape.starts, tape.state)
-        return *self.heads(markov_state.index_select(0, tape.transitions)), recurrent_state
+        obs, begins, starts, state, rows = tape
+        markov_state, recurrent_state = self.memory(self.encoder(obs), begins, starts, state, rows)
+        return *self.heads(markov_state), recurrent_state
 
     # Copied from single_files/ppo_tbb_ffm.py:Agent.step
     def step(self, obs, begins, recurrent_state):

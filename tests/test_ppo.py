@@ -89,7 +89,7 @@ def test_the_rollout_and_the_tape_are_one_policy(finished, script):
     "right, wrong",
     [
         ("torch.where(begins[:, None, None], 0, recurrent_state) * self.decay()", "recurrent_state * self.decay()"),
-        ("return *self.heads(markov_state), recurrent_state", "return *self.heads(-markov_state), recurrent_state"),
+        ("self.memory.step(self.encoder(obs), begins", "self.memory.step(-self.encoder(obs), begins"),
         ("recurrent_state[running] = agent(", "recurrent_state[running] = 0 * agent("),
     ],
 )
