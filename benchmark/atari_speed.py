@@ -2,14 +2,16 @@
 
     python benchmark/atari_speed.py                 # one core; writes benchmark/results/atari_speed.csv
 
-All have the convolution, width and heads of single_files/dqn_tbb_lru_atari_envpool.py and differ in the memory alone:
+All have the convolution, width and heads of the script and differ in the memory alone:
 lru             the script's: one scan along the tape
-lstm, 128 x 8   what CleanRL's ppo_atari_lstm.py does with a rollout: an LSTM of 128 units, one call per step of 8 games
-lstm, tape      the same LSTM on the script's tape, where a whole game is one sequence: one call per row
+lru, carried    PPO's default: a prefix of 128 rows to every rollout; the others are without, as CleanRL's
+lstm, 128 x 8   what CleanRL's ppo_atari_lstm.py does with a rollout: an LSTM of 128 units, one call per step of its games
+lstm, tape      the same LSTM on DQN's tape, where a whole game is one sequence: one call per row
 none            the network without memory: what frames cost in any case
-For each: acting is a step of 8 games of envpool with the network's choice of actions; an update is Double DQN's on --rows
-rows: the online network's pass with its gradient, the target network's, the optimiser. steps_per_s puts both together at the
-script's schedule, an update every --train-frequency steps.
+For each: acting is a step of 8 games of envpool with the network's choice of actions. Training is, with DQN, Double DQN's
+update on --rows rows (the online network's pass with its gradient, the target network's, the optimiser), every
+--train-frequency steps; with PPO, 4 epochs of 4 minibatches, of 2 games each, on a rollout of 128 steps, as in CleanRL's
+script. steps_per_s puts both together at that schedule.
 Bar: the script makes as many steps per second as CleanRL's structure (128 x 8), at least.
 """
 
@@ -17,20 +19,22 @@ import importlib.metadata
 
 from timing import ROOT, interleave, load_script, parser, print_bars, print_table, ratio, set_up, write_csv
 
-ENVS = 8  # games side by side, as in CleanRL
+ENVS, STEPS, MINIBATCHES, EPOCHS = 8, 128, 4, 4  # games side by side, PPO's rollouts and training, as in CleanRL
+LOOP = "lstm, 128 x 8"
 
 
 def parse_args():
     out = parser(__doc__.split("\n")[0], rounds=5, seconds=10.0)
-    out.add_argument("--rows", type=int, default=1024, help="rows of a tape, a multiple of 8")
-    out.add_argument("--train-frequency", type=int, default=64, help="environment steps per update")
+    out.add_argument("--algorithms", nargs="+", choices=["dqn", "ppo"], default=["dqn", "ppo"], help="whose training")
+    out.add_argument("--rows", type=int, default=1024, help="DQN: rows of a tape, a multiple of 8")
+    out.add_argument("--train-frequency", type=int, default=64, help="DQN: environment steps per update")
     out.add_argument("--env-id", default="Pong-v5", help="game of envpool")
     out.add_argument("--hidden-size", type=int, default=512, help="width of the network, as in CleanRL (units)")
     return out.parse_args()
 
 
 def memories(torch):
-    """{name: a module with the interface of the script's memory}, made for width H."""
+    """{name: a module with the interface of the scripts' memory}, made for width H; None: the script's own."""
     nn = torch.nn
 
     class SteppedLSTM(nn.Module):
@@ -41,19 +45,23 @@ def memories(torch):
             self.lstm, self.out, self.sequences = nn.LSTM(width, 128), nn.Linear(128, width), sequences
 
         def initial_state(self, num_envs):
-            return torch.zeros(2, 1, num_envs, 128)
+            return torch.zeros(num_envs, 2, 128)
 
         def step(self, obs, begins, state):
-            h, c = torch.where(begins[:, None], 0, state)
-            y, (h, c) = self.lstm(obs[None], (h.contiguous(), c.contiguous()))
-            return self.out(y[0]), torch.stack([h, c])
+            before = torch.where(begins[:, None, None], 0, state).transpose(0, 1)[:, None].contiguous()
+            y, after = self.lstm(obs[None], tuple(before))
+            return self.out(y[0]), torch.cat(after).transpose(0, 1)
 
-        def forward(self, obs, begins):
-            state, found = self.initial_state(self.sequences), []
-            for x, b in zip(obs.unflatten(0, (-1, self.sequences)), begins.unflatten(0, (-1, self.sequences))):
+        def forward(self, obs, begins, starts=None, state=None, rows=None):
+            """DQN: rows of equally long sequences in turn, and no states; PPO: one sequence after the other."""
+            sequences = self.sequences if starts is None else len(starts)
+            obs, begins = obs.unflatten(0, (sequences, -1)), begins.unflatten(0, (sequences, -1))
+            state, found = self.initial_state(sequences) if state is None else state, []
+            for x, b in zip(obs.unbind(1), begins.unbind(1)):
                 y, state = self.step(x, b, state)
                 found.append(y)
-            return torch.cat(found)
+            y = torch.stack(found, 1).flatten(0, 1)
+            return y if starts is None else (y, state)
 
     class NoMemory(nn.Module):
         def initial_state(self, num_envs):
@@ -62,19 +70,20 @@ def memories(torch):
         def step(self, obs, begins, state):
             return obs, state
 
-        def forward(self, obs, begins):
-            return obs
+        def forward(self, obs, begins, starts=None, state=None, rows=None):
+            return obs if starts is None else (obs, state)
 
     return {
         "lru": None,
-        "lstm, 128 x 8": lambda width: SteppedLSTM(width, ENVS),
+        "lru, carried": None,
+        LOOP: lambda width: SteppedLSTM(width, ENVS),
         "lstm, tape": lambda width: SteppedLSTM(width, 1),
         "none": lambda width: NoMemory(),
     }
 
 
-def calls(script, torch, args):
-    """{"act NAME" and "update NAME": call}, {NAME: number of parameters}."""
+def dqn_calls(script, torch, args):
+    """{"act NAME" and "train NAME": call}, {NAME: number of parameters}."""
     own = script.Args(hidden_size=args.hidden_size, env_id=args.env_id)
     envs = script.EnvPool(own.env_id, ENVS, range(ENVS))
     begins = torch.zeros(args.rows, dtype=torch.bool)
@@ -102,7 +111,7 @@ def calls(script, torch, args):
                 q_values, state = q_network.step(torch.as_tensor(obs), no_begins, state)
             obs, *_ = envs.step(q_values.argmax(dim=1).cpu().numpy())
 
-        def update():
+        def train():
             q_values = q_network(frames, begins)
             with torch.no_grad():
                 target = script.td_target(q_values, target_network(frames, begins), tape, 0.99)
@@ -112,10 +121,62 @@ def calls(script, torch, args):
             torch.nn.utils.clip_grad_norm_(q_network.parameters(), 1.0, foreach=True)
             optimizer.step()
 
-        found[f"act {name}"], found[f"update {name}"] = act, update
+        found[f"act {name}"], found[f"train {name}"] = act, train
 
     for name, make in memories(torch).items():
-        add(name, make)
+        if name != "lru, carried":
+            add(name, make)
+    return found, sizes
+
+
+def ppo_calls(script, torch, args):
+    """As dqn_calls; a call of "train NAME" is one epoch."""
+    own = script.Args(hidden_size=args.hidden_size, env_id=args.env_id)
+    envs = script.vector_env([script.make_env(own.env_id, {})] * ENVS)
+    rng = np.random.default_rng(0)
+    obs = rng.integers(256, size=(STEPS, ENVS, 84, 84), dtype=np.uint8)
+    begins = np.zeros((STEPS, ENVS), bool)
+    most = envs.single_action_space.n
+    batch = script.Batch(
+        torch.randint(most, (ENVS * STEPS, 1)), -torch.full((ENVS * STEPS,), float(most)).log(), *torch.randn(3, ENVS * STEPS)
+    )
+    found, sizes = {}, {}
+
+    def add(name, make):
+        agent = script.Agent(envs, own)
+        if make:
+            agent.memory = make(own.hidden_size)
+        optimizer = torch.optim.Adam(agent.parameters(), lr=0.0, fused=True)
+        sizes[name] = sum(p.numel() for p in agent.parameters() if p.requires_grad)
+        next_obs, state = envs.reset(seed=list(range(ENVS)))[0], agent.memory.initial_state(ENVS)
+        carried_tape = script.CarriedTape(obs, state)
+        for _ in range(1 + (name == "lru, carried")):
+            carried_tape.add(obs, begins)
+        no_begins = torch.zeros(ENVS, dtype=torch.bool)
+
+        def act():
+            nonlocal next_obs, state
+            with torch.no_grad():
+                policy, _, state = agent.step(torch.as_tensor(next_obs), no_begins, state)
+                actions = policy.sample()
+                policy.log_prob(actions)
+            next_obs, *_ = envs.step(script.env_actions(envs, actions))
+
+        def train():
+            for mb_envs in np.arange(ENVS).reshape(MINIBATCHES, -1):
+                policy, value, _ = agent(carried_tape.sections(mb_envs, STEPS))
+                mb_inds = torch.from_numpy((mb_envs[:, None] * STEPS + np.arange(STEPS)).flatten())
+                loss, _ = script.ppo_loss(policy, value, script.Batch(*(rows[mb_inds] for rows in batch)), own)
+                optimizer.zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(agent.parameters(), own.max_grad_norm, foreach=True)
+                optimizer.step()
+
+        found[f"act {name}"], found[f"train {name}"] = act, train
+
+    for name, make in memories(torch).items():
+        if name != "lstm, tape":
+            add(name, make)
     return found, sizes
 
 
@@ -128,22 +189,25 @@ if __name__ == "__main__":
     import numpy as np
     import torch
 
-    found, sizes = calls(load_script(ROOT / "single_files" / "dqn_tbb_lru_atari_envpool.py"), torch, args)
-    times = interleave(found, args)
+    rows, bars = [], []
+    for algorithm in args.algorithms:
+        script = load_script(ROOT / "single_files" / f"{algorithm}_tbb_lru_atari_envpool.py")
+        found, sizes = (dqn_calls if algorithm == "dqn" else ppo_calls)(script, torch, args)
+        times = interleave(found, args)
+        steps, calls = (args.train_frequency, 1) if algorithm == "dqn" else (ENVS * STEPS, EPOCHS)
 
-    def per_second(name, of):
-        """Environment steps per second from medians or minima in milliseconds."""
-        steps = args.train_frequency
-        return 1000 * steps / (steps / ENVS * of(times[f"act {name}"]) + of(times[f"update {name}"]))
+        def per_second(name, of, times=times, steps=steps, calls=calls):
+            """Environment steps per second from medians or minima in milliseconds."""
+            return 1000 * steps / (steps / ENVS * of(times[f"act {name}"]) + calls * of(times[f"train {name}"]))
 
-    rows = []
-    for name, size in sizes.items():
-        row = {"memory": name, "parameters": size}
-        row |= {f"{part}_ms": float(np.median(times[f"{part} {name}"])) for part in ("act", "update")}
-        row["update_vs_lru"] = ratio(times, f"update {name}", "update lru")[0]
-        rows.append(row | {"steps_per_s": round(per_second(name, np.median)), "best": round(per_second(name, np.min))})
-    print_table(rows, f"{args.env_id}, {ENVS} games, {args.rows} rows, an update every {args.train_frequency} steps")
-    gain = tuple(float(per_second("lru", of) / per_second("lstm, 128 x 8", of)) for of in (np.median, np.min))
-    print_bars([("steps per second, lru / lstm, 128 x 8", ">=", 1, gain)])
-    title = f"{args.env_id}, {ENVS} games, {args.rows} rows, an update every {args.train_frequency} steps"
+        for name, size in sizes.items():
+            row = {"algorithm": algorithm, "memory": name, "parameters": size}
+            row |= {f"{part}_ms": float(np.median(times[f"{part} {name}"])) for part in ("act", "train")}
+            row["train_vs_lru"] = ratio(times, f"train {name}", "train lru")[0]
+            rows.append(row | {"steps_per_s": round(per_second(name, np.median)), "best": round(per_second(name, np.min))})
+        gain = tuple(float(per_second("lru", of) / per_second(LOOP, of)) for of in (np.median, np.min))
+        bars.append((f"{algorithm}: steps per second, lru / {LOOP}", ">=", 1, gain))
+    title = f"{args.env_id}, {ENVS} games; DQN: {args.rows} rows, an update every {args.train_frequency} steps"
+    print_table(rows, title)
+    print_bars(bars)
     write_csv("atari_speed", f"{where}; {title}", rows, args)
