@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # POPGym Easy, one memory and one set of flags per algorithm: bash benchmark/popgym_easy.sh, then python benchmark/report.py.
-# Nothing is tuned to a task, and 150,000 steps are little: the script of POPGym's own baselines stops at ten million. The two
-# labyrinths need popgym[navigation] and are left out.
+# Nothing is tuned to a task, and 150,000 steps are little: the script of POPGym's own baselines stops at ten million.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
@@ -9,7 +8,8 @@ budget="--total-timesteps 150000"
 
 for seed in 1 2; do
     for env in Autoencode Battleship Concentration CountRecall HigherLower MineSweeper MultiarmedBandit \
-        NoisyPositionOnlyCartPole PositionOnlyCartPole RepeatFirst RepeatPrevious VelocityOnlyCartpole; do
+        NoisyPositionOnlyCartPole PositionOnlyCartPole RepeatFirst RepeatPrevious VelocityOnlyCartpole \
+        LabyrinthEscape LabyrinthExplore; do
         echo "PPO, LRU: single_files/ppo_tbb_lru.py --env-id popgym-${env}Easy-v0 --seed $seed $budget --num-steps 64"
         echo "DQN, LRU: single_files/dqn_tbb_lru.py --env-id popgym-${env}Easy-v0 --seed $seed $budget --batch-size 1000" \
             "--train-frequency 64 --tau 0.03 --buffer-size 200000"
