@@ -26,7 +26,7 @@ def resident():
 
 def fill(script, rows, env_id):
     """A full tape, and how many bytes the process grew by."""
-    envs = script.EnvPool(env_id, 8, range(8))
+    envs = script.EnvPool(env_id, 8, np.asarray, stack_num=1)
     rng, obs = np.random.default_rng(0), envs.reset()[0]
     for _ in range(50):  # what the games themselves come to need
         obs = envs.step(rng.integers(envs.single_action_space.n, size=8))[0]

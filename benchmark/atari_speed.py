@@ -85,7 +85,7 @@ def memories(torch):
 def dqn_calls(script, torch, args):
     """{"act NAME" and "train NAME": call}, {NAME: number of parameters}."""
     own = script.Args(hidden_size=args.hidden_size, env_id=args.env_id)
-    envs = script.EnvPool(own.env_id, ENVS, range(ENVS))
+    envs = script.EnvPool(own.env_id, ENVS, np.asarray, stack_num=1)
     begins = torch.zeros(args.rows, dtype=torch.bool)
     begins[0] = True
     frames = torch.randint(0, 256, (args.rows, 1, 84, 84), dtype=torch.uint8)
@@ -102,7 +102,7 @@ def dqn_calls(script, torch, args):
         q_network, target_network = networks
         optimizer = torch.optim.AdamW(q_network.parameters(), lr=1e-6, weight_decay=0, fused=True)
         sizes[name] = sum(p.numel() for p in q_network.parameters() if p.requires_grad)
-        obs, state = envs.reset()[0], q_network.memory.initial_state(ENVS)
+        obs, state = envs.reset(seed=list(range(ENVS)))[0], q_network.memory.initial_state(ENVS)
         no_begins = torch.zeros(ENVS, dtype=torch.bool)
 
         def act():

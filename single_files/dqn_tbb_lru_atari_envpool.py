@@ -138,57 +138,70 @@ class Args:
     """see r_min"""
 
 
+# Copied from single_files/ppo_tbb_lru_minigrid_envpool.py:EnvPool
 class EnvPool:
-    """N games of envpool with Gymnasium's same-step autoreset: obs[i] after the last step of a game is the next game's first.
+    """Games of envpool behind the interface of Gymnasium's vector environments, which reset in the same step.
 
-    envpool resets one step late: the action after a done is ignored, and its row holds the first observation of the next
-    game. Here that step is made at once, in the finished games alone, so its row never reaches the loop or the tape.
+    envpool itself resets one step late: it answers the action that follows an episode's end, whatever it is, with the next
+    episode's first observation. On a tape that row would be a transition that never was. Here the games that have ended are
+    sent on at once, by themselves, so that no such row comes about.
+
+    Args:
+        env_id, options: as for envpool.make.
+        num_envs: the number of games N.
+        view: what the network sees of envpool's observations, as one array [N, ...].
     """
 
-    def __init__(self, env_id, num_envs, seeds, threads=1, **env_kwargs):
+    metadata = {"render_modes": ()}
+
+    def __init__(self, env_id, num_envs, view, **options):
         try:
             import envpool
         except ImportError:
-            raise ImportError("games need envpool: pip install 'cleanrl-memoroid[envpool]' (or envpool>=1.2)") from None
+            raise ImportError("expected envpool, which is not installed; pip install 'envpool>=1.2'") from None
         if env_id not in (games := envpool.list_all_envs()):
             near = ", ".join(sorted(games, key=lambda game: -len(os.path.commonprefix([game, env_id])))[:5])
             raise ValueError(f"--env-id: expected a game of envpool, got {env_id!r}; the nearest are {near}")
-        own = {"task_id": env_id, "env_type": "gymnasium", "num_envs": num_envs, "num_threads": threads}
-        own |= {"env_seed": list(seeds), "stack_num": 1}  # TBB: memory instead of stacked frames
-        if taken := sorted(own.keys() & env_kwargs.keys()):
-            raise ValueError(f"--env-kwargs: expected none of {', '.join(own)}, got {', '.join(taken)}; this file sets them")
-        if env_kwargs.get("noop_max", 1) < 1:
-            raise ValueError(f"--env-kwargs: expected noop_max of at least 1, got {env_kwargs['noop_max']}; envpool crashes")
-        try:
-            self.envs = envpool.make(**own, **env_kwargs)
-        except TypeError as error:
-            raise ValueError(
-                f"--env-id {env_id}, --env-kwargs {env_kwargs}: expected an Atari game and its options: {error}"
-            ) from None
-        self.num_envs, self.single_action_space = num_envs, self.envs.action_space
-        self.single_observation_space = self.envs.observation_space
+        if unknown := options.keys() - set(envpool.make_spec(env_id).config._fields):
+            names = ", ".join(sorted(unknown))
+            remedy = f"its own: envpool.make_spec('{env_id}').config"
+            raise ValueError(f"--env-id {env_id}, --env-kwargs: expected options that this game has, got {names}; {remedy}")
+        self.make = lambda seeds: envpool.make_gymnasium(env_id, num_envs=num_envs, seed=seeds, **options)
+        spec, batch_space = envpool.make_spec(env_id, **options), gym.vector.utils.batch_space
+        obs = view(batch_space(spec.gymnasium_observation_space, 1).sample())
+        self.num_envs, self.view, self.games = num_envs, view, None
+        self.single_observation_space = gym.spaces.Box(0, 255, obs.shape[1:], obs.dtype)
+        self.single_action_space = spec.gymnasium_action_space
+        self.action_space = batch_space(self.single_action_space, num_envs)
 
-    def reset(self):
-        """The first observation of every game. -> [N, ...], infos"""
-        return self.envs.reset()
+    @property
+    def envs(self):
+        raise TypeError("games of envpool live in C++ and cannot be pickled")
+
+    def reset(self, seed=None):
+        """First observations [N, ...] of new games; envpool takes seeds [N] only when it makes them. Left out: any."""
+        if seed is None:
+            seed = np.random.default_rng().integers(2**31, size=self.num_envs).tolist()
+        self.games = self.make(seed)
+        return self.view(self.games.reset()[0]), {}
 
     def step(self, actions):
-        """As gymnasium.vector with AutoresetMode.SAME_STEP. infos["final_obs"] has the frames from before any reset [N, ...],
-        infos["game_over"] where a game ended [N]: with episodic_life, a lost life is a termination and no end of the game.
+        """As of Gymnasium: obs [N, ...], rewards, terminations, truncations [N], infos, with "final_obs" where one ended, and
+        with "game_over" [N]: under episodic_life, a lost life is a termination and no end of the game.
         """
-        obs, rewards, terminations, truncations, infos = self.envs.step(actions)
-        over, done = infos["terminated"].astype(bool), terminations | truncations
-        infos |= {"final_obs": obs, "game_over": done & (over | truncations)}
-        if done.any():
-            # envpool calls a game truncated that is over in the very step of its time limit
-            terminations, truncations = terminations | (done & over), truncations & ~over
-            obs = obs.copy()
-            who = np.flatnonzero(done)
-            obs[who] = self.envs.step(np.zeros_like(who), who)[0]  # envs.reset(who) would end games whose life alone is over
+        obs, rewards, terminations, truncations, infos = self.games.step(actions)
+        # Atari says in infos that a game is over, also when that is in the very step of its time limit
+        over = infos.get("terminated", terminations).astype(bool)
+        terminations, infos["game_over"] = terminations | truncations & over, truncations | over
+        obs, ended = self.view(obs), np.flatnonzero(terminations | truncations)
+        if len(ended):
+            infos["final_obs"] = obs.copy()
+            obs[ended] = self.view(self.games.step(actions[ended], ended)[0])  # these actions are ignored
         return obs, rewards, terminations, truncations, infos
 
     def close(self):
-        self.envs.close()
+        if self.games is not None:
+            self.games.close()
 
 
 # Copied from single_files/dqn_tbb_ffm.py:parse_env_kwargs
@@ -587,14 +600,14 @@ def td_target(q, next_q, tape, gamma):
     return tape.rewards[tape.transitions] + gamma * torch.where(tape.terminations[tape.transitions], 0, bootstrap)
 
 
-def evaluate_games(q_network, envs, episodes, device):
+def evaluate_games(q_network, envs, episodes, seeds, device):
     """Returns of greedy games [episodes], whole ones also where a lost life ends an episode.
 
     Each environment has its share: short games are not counted more often.
     """
     share = [len(range(i, episodes, envs.num_envs)) for i in range(envs.num_envs)]
     returns, running = [], np.zeros(envs.num_envs)
-    obs, _ = envs.reset()
+    obs, _ = envs.reset(seed=seeds[: envs.num_envs])
     begins = np.ones(envs.num_envs, bool)
     recurrent_state = q_network.memory.initial_state(envs.num_envs)
     while any(share):
@@ -645,8 +658,13 @@ if __name__ == "__main__":
         own = ("seed", "cuda", "torch_threads", "tune_cpu", "eval_episodes", "env_threads", "evaluate")
         args = Args(**{**trained["args"], **{name: getattr(args, name) for name in own}})
     env_kwargs = parse_env_kwargs(args.env_kwargs)
-    for name in env_kwargs.keys() & {"max_episode_steps", "episodic_life"}:
-        raise ValueError(f"--env-kwargs: expected no {name}, got {env_kwargs[name]}; use --{name.replace('_', '-')}")
+    options = {name: getattr(args, name) for name in ("max_episode_steps", "episodic_life")}
+    options |= {"num_threads": args.env_threads, "stack_num": 1}  # TBB: memory instead of stacked frames
+    if taken := sorted(options.keys() & env_kwargs.keys()):
+        remedy = "this file sets them, by flags of its own where it has them"
+        raise ValueError(f"--env-kwargs: expected none of {', '.join(options)}, got {', '.join(taken)}; {remedy}")
+    if env_kwargs.get("noop_max", 1) < 1:
+        raise ValueError(f"--env-kwargs: expected noop_max of at least 1, got {env_kwargs['noop_max']}; envpool crashes")
     least = dict.fromkeys(("num_envs", "batch_size", "train_frequency", "total_timesteps", "torch_threads", "env_threads"), 1)
     least |= {"max_episode_steps": 1, "cnn_channels": 1, "kept_rows": 1, "eval_episodes": 1 if args.evaluate else 0}
     least["buffer_size"] = args.num_envs * (args.max_episode_steps + 1)  # games that all last to the limit fit on the tape
@@ -672,17 +690,14 @@ if __name__ == "__main__":
         env_seeds = rng.integers(2**31, size=args.num_envs).tolist()  # other games than at the start
 
     # env setup
-    env_kwargs |= {"max_episode_steps": args.max_episode_steps, "episodic_life": args.episodic_life}
-    envs = EnvPool(args.env_id, args.num_envs, env_seeds, args.env_threads, **env_kwargs)
+    envs = EnvPool(args.env_id, args.num_envs, np.asarray, **options, **env_kwargs)
     check_spaces(args.env_id, envs.single_observation_space, envs.single_action_space)
-    if args.eval_episodes:
-        eval_seeds = eval_seeds[: args.eval_episodes]
-        eval_envs = EnvPool(args.env_id, len(eval_seeds), eval_seeds, args.env_threads, **env_kwargs)
+    eval_envs = EnvPool(args.env_id, min(args.num_envs, args.eval_episodes or 1), np.asarray, **options, **env_kwargs)
 
     q_network = QNetwork(envs, args).to(device)
     if trained:
         q_network.load_state_dict(trained["q_network"])
-        evaluate_games(q_network, eval_envs, args.eval_episodes, device)
+        evaluate_games(q_network, eval_envs, args.eval_episodes, eval_seeds, device)
         sys.exit()
     optimizer = optim.AdamW(q_network.parameters(), lr=args.learning_rate, weight_decay=0, fused=True)
     target_network = QNetwork(envs, args).to(device)
@@ -710,7 +725,7 @@ if __name__ == "__main__":
     )
 
     # TRY NOT TO MODIFY: start the game
-    obs, _ = envs.reset()
+    obs, _ = envs.reset(seed=env_seeds)
     begins = np.ones(args.num_envs, bool)  # is obs[i] the first of its episode?
     recurrent_state = q_network.memory.initial_state(args.num_envs)  # TBB: stays on the device
     game_returns, game_lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, int)
@@ -822,7 +837,7 @@ if __name__ == "__main__":
         save(model_path, {"q_network": q_network.state_dict(), "args": asdict(args)})
         print(f"model saved to {model_path}")
     if args.eval_episodes:
-        for idx, episodic_return in enumerate(evaluate_games(q_network, eval_envs, args.eval_episodes, device)):
+        for idx, episodic_return in enumerate(evaluate_games(q_network, eval_envs, args.eval_episodes, eval_seeds, device)):
             writer.add_scalar("eval/episodic_return", episodic_return, idx)
 
     envs.close()

@@ -181,11 +181,13 @@ class EnvPool:
             import envpool
         except ImportError:
             raise ImportError("expected envpool, which is not installed; pip install 'envpool>=1.2'") from None
-        if env_id not in envpool.list_all_envs():
-            raise ValueError(f"--env-id: expected a game of envpool, got {env_id!r}; see envpool.list_all_envs()")
+        if env_id not in (games := envpool.list_all_envs()):
+            near = ", ".join(sorted(games, key=lambda game: -len(os.path.commonprefix([game, env_id])))[:5])
+            raise ValueError(f"--env-id: expected a game of envpool, got {env_id!r}; the nearest are {near}")
         if unknown := options.keys() - set(envpool.make_spec(env_id).config._fields):
             names = ", ".join(sorted(unknown))
-            raise ValueError(f"--env-kwargs: {env_id} has no option {names}; see envpool.make_spec('{env_id}').config")
+            remedy = f"its own: envpool.make_spec('{env_id}').config"
+            raise ValueError(f"--env-id {env_id}, --env-kwargs: expected options that this game has, got {names}; {remedy}")
         self.make = lambda seeds: envpool.make_gymnasium(env_id, num_envs=num_envs, seed=seeds, **options)
         spec, batch_space = envpool.make_spec(env_id, **options), gym.vector.utils.batch_space
         obs = view(batch_space(spec.gymnasium_observation_space, 1).sample())
@@ -206,10 +208,13 @@ class EnvPool:
         return self.view(self.games.reset()[0]), {}
 
     def step(self, actions):
-        """As of Gymnasium: obs [N, ...], rewards, terminations, truncations [N], infos, with "final_obs" where one ended."""
+        """As of Gymnasium: obs [N, ...], rewards, terminations, truncations [N], infos, with "final_obs" where one ended, and
+        with "game_over" [N]: under episodic_life, a lost life is a termination and no end of the game.
+        """
         obs, rewards, terminations, truncations, infos = self.games.step(actions)
         # Atari says in infos that a game is over, also when that is in the very step of its time limit
-        terminations = terminations | truncations & infos.get("terminated", np.zeros_like(truncations)).astype(bool)
+        over = infos.get("terminated", terminations).astype(bool)
+        terminations, infos["game_over"] = terminations | truncations & over, truncations | over
         obs, ended = self.view(obs), np.flatnonzero(terminations | truncations)
         if len(ended):
             infos["final_obs"] = obs.copy()

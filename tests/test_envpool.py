@@ -14,7 +14,7 @@ from scripts import run, run_folder, scalars
 envpool = pytest.importorskip("envpool", reason="pip install 'cleanrl-memoroid[envpool]'")
 
 SCRIPT = "dqn_tbb_lru_atari_envpool"
-MAKE = envpool.make
+MAKE = envpool.make_gymnasium
 TINY = "--cnn-channels 2 --hidden-size 8 --state-size 4 --eval-episodes 0 --checkpoint-interval 0 --no-save-model".split()
 
 
@@ -112,7 +112,7 @@ def collect(atari, main, monkeypatch, steps, limit, flags=()):
     flags += f"--total-timesteps {steps} --max-episode-steps {limit} --buffer-size {max(2_000, 8 * (limit + 1))}".split()
     with monkeypatch.context() as patch:
         patch.setattr(atari, "FrameTape", Checked)
-        patch.setattr(envpool, "make", lambda **kwargs: Stamped(MAKE(**kwargs)))
+        patch.setattr(envpool, "make_gymnasium", lambda *args, **kwargs: Stamped(MAKE(*args, **kwargs)))
         assert main(*TINY, *flags)["tape_buffer"].next_row >= steps
     return found
 
@@ -144,8 +144,8 @@ def test_a_lost_life_ends_an_episode_only_if_asked(atari, main, monkeypatch, tmp
 
 def test_a_game_that_is_over_in_the_step_of_its_time_limit_is_terminated(atari):
     def play(limit):
-        envs, rng = atari.EnvPool("Breakout-v5", 2, [5, 6], max_episode_steps=limit), np.random.default_rng(0)
-        envs.reset()
+        envs, rng = atari.EnvPool("Breakout-v5", 2, np.asarray, max_episode_steps=limit), np.random.default_rng(0)
+        envs.reset(seed=[5, 6])
         for t in range(1, 2_000):
             _, _, terminations, truncations, infos = envs.step(rng.integers(4, size=2))
             if terminations[0] or truncations[0]:
@@ -153,7 +153,7 @@ def test_a_game_that_is_over_in_the_step_of_its_time_limit_is_terminated(atari):
 
     length, *end = play(2_000)
     assert end == [True, False, True]
-    assert play(length) == (length, True, False, True)
+    assert play(length) == (length, True, True, True)
     assert play(length - 1) == (length - 1, False, True, True)
 
 
@@ -303,14 +303,17 @@ def test_a_resumed_run_goes_on_with_tape_and_weights_and_new_games(finished, mai
     "flags, message",
     [
         ("--env-id Pnog-v5", "--env-id: expected a game of envpool, got 'Pnog-v5'; the nearest are P"),
-        ("--env-id CartPole-v1", "--env-id CartPole-v1, .*: expected an Atari game"),
-        ('--env-kwargs {"stack_num":4}', "--env-kwargs: expected none of .*stack_num, got stack_num; this file sets them"),
         (
-            '--env-kwargs {"max_episode_steps":9}',
-            "expected no max_episode_steps, got 9; use --max-episode-steps",
+            "--env-id CartPole-v1",
+            "--env-id CartPole-v1, .*: expected options that this game has, got episodic_life, stack_num",
         ),
+        ('--env-kwargs {"stack_num":4}', "--env-kwargs: expected none of .*stack_num, got stack_num; this file sets them"),
+        ('--env-kwargs {"max_episode_steps":9}', "got max_episode_steps; this file sets them, by flags of its own"),
         ('--env-kwargs {"noop_max":0}', "--env-kwargs: expected noop_max of at least 1, got 0"),
-        ('--env-kwargs {"colour":1}', "expected an Atari game and its options: .*colour"),
+        (
+            '--env-kwargs {"colour":1}',
+            "--env-id Pong-v5, --env-kwargs: expected options .*, got colour; its own: envpool.make_spec",
+        ),
         ('--env-kwargs {"img_height":42}', "expected frames .1, 84, 84. of bytes, got Box.*leave img_height"),
         ("--buffer-size 1000", "--buffer-size: expected at least 216008, got 1000; raise it, or lower --max-episode-steps"),
         ("--num-envs 0", "--num-envs: expected at least 1, got 0; raise it"),

@@ -128,7 +128,7 @@ def test_the_file_alone_runs(tmp_path, script):
         (
             MINIGRID,
             '--env-kwargs {"acton_max":2}',
-            "--env-kwargs: MiniGrid-MemoryS7-v0 has no option acton_max; see envpool.make",
+            "MiniGrid-MemoryS7-v0, --env-kwargs: expected options that this game has, got acton_max; its own: envpool.make",
         ),
         (MINIGRID, "--env-id CartPole-v1", "expected MiniGrid-.*use ppo_tbb_lru.py"),
         (MINIGRID, "--capture-video", "--capture-video: expected no such flag"),
