@@ -5,6 +5,7 @@
 All have the convolution, width and heads of the script and differ in the memory alone:
 lru             the script's: one scan along the tape
 lru, carried    PPO's default: a prefix of 128 rows to every rollout; the others are without, as CleanRL's
+lru, compiled   with --compile, PPO: its convolution under torch.compile
 lstm, 128 x 8   what CleanRL's ppo_atari_lstm.py does with a rollout: an LSTM of 128 units, one call per step of its games
 lstm, tape      the same LSTM on DQN's tape, where a whole game is one sequence: one call per row
 none            the network without memory: what frames cost in any case
@@ -28,6 +29,7 @@ def parse_args():
     out.add_argument("--algorithms", nargs="+", choices=["dqn", "ppo"], default=["dqn", "ppo"], help="whose training")
     out.add_argument("--rows", type=int, default=1024, help="DQN: rows of a tape, a multiple of 8")
     out.add_argument("--train-frequency", type=int, default=64, help="DQN: environment steps per update")
+    out.add_argument("--compile", action="store_true", help="PPO: also with torch.compile, which needs a C++ compiler")
     out.add_argument("--env-id", default="Pong-v5", help="game of envpool")
     out.add_argument("--hidden-size", type=int, default=512, help="width of the network, as in CleanRL (units)")
     return out.parse_args()
@@ -146,6 +148,8 @@ def ppo_calls(script, torch, args):
         agent = script.Agent(envs, own)
         if make:
             agent.memory = make(own.hidden_size)
+        if name == "lru, compiled":
+            agent.encoder = torch.compile(agent.encoder)
         optimizer = torch.optim.Adam(agent.parameters(), lr=0.0, fused=True)
         sizes[name] = sum(p.numel() for p in agent.parameters() if p.requires_grad)
         next_obs, state = envs.reset(seed=list(range(ENVS)))[0], agent.memory.initial_state(ENVS)
@@ -174,7 +178,7 @@ def ppo_calls(script, torch, args):
 
         found[f"act {name}"], found[f"train {name}"] = act, train
 
-    for name, make in memories(torch).items():
+    for name, make in (memories(torch) | ({"lru, compiled": None} if args.compile else {})).items():
         if name != "lstm, tape":
             add(name, make)
     return found, sizes
