@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# POPGym Easy, one memory and one set of flags per algorithm: bash benchmark/popgym_easy.sh, then python benchmark/report.py.
-# Nothing is tuned to a task, and 150,000 steps are little: the script of POPGym's own baselines stops at ten million.
+# POPGym Easy, LRU and beside it the LSTM that people use today, one set of flags per algorithm:
+# bash benchmark/popgym_easy.sh, then python benchmark/report.py. Nothing is tuned to a task, and 150,000 steps are little: the
+# script of POPGym's own baselines stops at ten million.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
@@ -11,6 +12,7 @@ for seed in 1 2; do
         NoisyPositionOnlyCartPole PositionOnlyCartPole RepeatFirst RepeatPrevious VelocityOnlyCartpole \
         LabyrinthEscape LabyrinthExplore; do
         echo "PPO, LRU: single_files/ppo_tbb_lru.py --env-id popgym-${env}Easy-v0 --seed $seed $budget --num-steps 64"
+        echo "PPO, LSTM: single_files/ppo_sbb_lstm.py --env-id popgym-${env}Easy-v0 --seed $seed $budget --num-steps 64"
         echo "DQN, LRU: single_files/dqn_tbb_lru.py --env-id popgym-${env}Easy-v0 --seed $seed $budget --batch-size 1000" \
             "--train-frequency 64 --tau 0.03 --buffer-size 200000"
     done
