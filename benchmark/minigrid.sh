@@ -8,17 +8,20 @@ script="single_files/ppo_tbb_lru_minigrid_envpool.py"
 flags="--eval-episodes 500 --checkpoint-interval 0"
 
 { # seeds innermost: a run's folder is named by its seed and the second of its start
-    for task in "S7-v0 --total-timesteps 400000" "S9-v0 --total-timesteps 800000 --ent-coef 0.03"; do
+    for task in "S7-v0" "S9-v0 --total-timesteps 800000"; do
         for arm in "$script $flags --exp-name minigrid.lru" "benchmark/memoryless.py $script $flags --exp-name minigrid.memoryless"; do
             for seed in 1 2 3; do
                 echo "$arm --seed $seed --env-id MiniGrid-Memory$task"
             done
         done
     done
-    echo "$script $flags --exp-name minigrid.lru-entropy-0.01 --env-id MiniGrid-MemoryS9-v0 --total-timesteps 800000"
-    echo "$script $flags --exp-name minigrid.lru --total-timesteps 2000000 --env-id MiniGrid-MemoryS13-v0"
+    for seed in 4 5; do # under two minutes each: five seeds
+        echo "$script $flags --exp-name minigrid.lru --seed $seed --env-id MiniGrid-MemoryS7-v0"
+    done
+    for task in "S9-v0 --total-timesteps 800000" "S13-v0 --total-timesteps 2000000"; do
+        echo "$script $flags --exp-name minigrid.lru-entropy-0.01 --ent-coef 0.01 --env-id MiniGrid-Memory$task"
+    done
     for task in S13 S17Random; do
-        echo "$script $flags --exp-name minigrid.lru-entropy-0.03 --total-timesteps 2000000 --env-id MiniGrid-Memory$task-v0" \
-            "--ent-coef 0.03"
+        echo "$script $flags --exp-name minigrid.lru-entropy-0.03 --total-timesteps 2000000 --env-id MiniGrid-Memory$task-v0"
     done
 } | OMP_NUM_THREADS=1 xargs -P "${JOBS:-2}" -L 1 "$python"

@@ -1,7 +1,7 @@
 # docs: docs/ppo_envpool.md
 # Variant of single_files/ppo_tbb_lru.py. Changed: Args.env_id, Args.env_kwargs (were Args.prev_action),
-#   Args.total_timesteps, Args.learning_rate, Args.num_steps, Args.norm_reward, make_env, vector_env, EnvPool, minigrid_view,
-#   check_spaces, OneHot, Agent.__init__, env_fns in __main__, eval_fns in __main__, obs in __main__
+#   Args.total_timesteps, Args.learning_rate, Args.num_steps, Args.norm_reward, Args.ent_coef, make_env, vector_env, EnvPool,
+#   minigrid_view, check_spaces, OneHot, Agent.__init__, env_fns in __main__, eval_fns in __main__, obs in __main__
 # Memory and tape: Morad et al. (2024), "Recurrent Reinforcement Learning with Memoroids", https://arxiv.org/abs/2402.09900
 # LRU: Orvieto et al. (2023), "Resurrecting Recurrent Neural Networks for Long Sequences", https://arxiv.org/abs/2303.06349
 # envpool: Weng et al. (2022), "EnvPool: A Highly Parallel RL Environment Execution Engine", https://arxiv.org/abs/2206.10558
@@ -81,7 +81,7 @@ class Args:
     """the id of the environment: MiniGrid-* of envpool; missions are not read, as the memory tasks have but one"""
     env_kwargs: str = '{"action_max": 2}'
     """options of envpool, as JSON; action_max 2 leaves turning and walking of the seven actions, all that the tasks need"""
-    total_timesteps: int = 400_000
+    total_timesteps: int = 500_000
     """total timesteps of the experiment, over all environments (steps)"""
     learning_rate: float = 5e-4
     """the learning rate of the optimizer at the start"""
@@ -107,7 +107,7 @@ class Args:
     """the surrogate clipping coefficient"""
     clip_vloss: bool = True
     """if toggled, the value's loss is clipped, too, as in the paper"""
-    ent_coef: float = 0.01
+    ent_coef: float = 0.03
     """coefficient of the entropy"""
     vf_coef: float = 0.5
     """coefficient of the value function"""
