@@ -4,4 +4,6 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
 
-"$python" single_files/dqn_tbb_lru_atari_envpool.py --seed 1 --total-timesteps 400000 --cnn-channels 16 --train-frequency 64
+script="single_files/dqn_tbb_lru_atari_envpool.py --cnn-channels 16 --train-frequency 64"
+"$python" $script --seed 1 --total-timesteps 400000
+"$python" $script --seed 2 --total-timesteps 150000 # a shorter look at another seed

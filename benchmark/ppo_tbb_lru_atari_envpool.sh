@@ -6,4 +6,6 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
 
 "$python" single_files/ppo_tbb_lru_atari_envpool.py --seed 1 --total-timesteps 1000000 --max-prefix 16 --checkpoint-interval 100000
-"$python" single_files/ppo_tbb_lru_atari_envpool.py --seed 2 --total-timesteps 250000 --max-prefix 16 --checkpoint-interval 0
+for seed in 2 3; do
+    "$python" single_files/ppo_tbb_lru_atari_envpool.py --seed "$seed" --total-timesteps 250000 --max-prefix 16 --checkpoint-interval 0
+done
