@@ -13,7 +13,8 @@ plain loop). They share one signature:
     backward(decay, h, begins, h0, grad_h, reverse, need_decay_grad) -> (grad_decay or None, grad_x, grad_h0 or None)
 
 on contiguous x, h, grad_h [T, N, C], decay [N, C] (constant) or [T, N, C], begins bool [T, N] or None, h0 [N, C] or None. A
-backend that says ANY_SHAPE takes x [T, *S], decay *S or [T, *S], begins [T] or [T, N], h0 *S, which saves time in short scans.
+backend that says ANY_SHAPE takes x [T, *S], decay *S or [T, *S], begins [T] or [T, N], h0 *S, which saves time in short scans,
+and x whose first channel dimensions are 1 where those of a constant decay are not; `backward` has the shape of x as last argument.
 `tune_cpu()` sets two process-wide switches that matter more to the speed of training on a CPU than the scan does.
 """
 
@@ -44,20 +45,23 @@ def linear_scan(decay, x, begins=None, h0=None, reverse=False, backend="auto"):
         decay: tensor broadcastable to *S (the same at every step, never expanded over time), or [T, *S'] with S' broadcastable
             to *S and as many dimensions as x; or a Python number. Of x's dtype, or of double its precision (a complex128 decay
             for a complex64 x), and is then carried in double.
-        x: [T, *S] with T >= 1; float32, float64, complex64 or complex128.
+        x: [T, *S] with T >= 1; float32, float64, complex64 or complex128. A dimension of S may be 1 where that of a constant
+            decay with as many is longer: all those channels share x, which is read as short as it is.
         begins: bool [T], or [T, N] where x is [T, N, ...]. A begin selects: nothing before it reaches a row after it, not nan
             nor inf, not in values nor in gradients. With `reverse` it marks the first row *in scan order*. None: no resets.
         h0: broadcastable to *S, of x's dtype: the state before the first row in scan order. None: zeros.
         reverse: run from the last row to the first: h[t] = x[t] + decay[t] * (0 if begins[t] else h[t+1]).
         backend: "auto" (numba on a CPU, triton on CUDA, torch where those are missing), "numba", "triton", "torch" or "ref".
-    Returns: h, [T, *S], of x's dtype and device. Differentiable once in decay, x and h0 (twice with backend="ref").
+    Returns: h, [T, *S] with S of decay and x together, of x's dtype and device. Differentiable once in decay, x and h0 (twice with backend="ref").
     Raises: ValueError on a wrong shape, dtype, device or backend; the message names the argument and the remedy.
     Source: the memoroid of a diagonal linear recurrence, Morad et al. (2024), section 3 and eq. 12; gradient: the same scan in
         reverse, g[t] = dL/dh[t] + conj(decay[t+1]) (0 if begins[t+1] else g[t+1]).
     """
-    decay = _check(decay, x, begins, h0)
+    decay, channels = _check(decay, x, begins, h0)
     module = _module(backend, x.device.type)
-    steps, channels = x.shape[0], x.shape[1:]
+    steps, shared = x.shape[0], x.shape[1:] != channels
+    if shared and not (backend != "ref" and module.ANY_SHAPE and _can_share(x.shape[1:], channels, begins)):
+        x = x.expand(steps, *channels)
     full = x.shape if decay.dim() == x.dim() else channels
     decay = decay if decay.shape == full else decay.expand(full)
     h0 = h0 if h0 is None or h0.shape == channels else h0.expand(channels)
@@ -128,7 +132,8 @@ class _LinearScan(torch.autograd.Function):
             h, grad_h = h.view(rows), grad_h.view(rows)
         twice = torch.is_grad_enabled()  # create_graph=True: whoever differentiates again must hear of it
         with torch.no_grad() if twice else contextlib.nullcontext():
-            grads = module.backward(a, h, begins, h0, grad_h, reverse, ctx.needs_input_grad[0])
+            shape = (ctx.shapes[1],) if module.ANY_SHAPE else ()
+            grads = module.backward(a, h, begins, h0, grad_h, reverse, ctx.needs_input_grad[0], *shape)
         if twice:
             grads = _Once.apply(decay, out, grad_out, *grads)
         if not module.ANY_SHAPE:
@@ -160,7 +165,7 @@ def _plain(v):
 
 
 def _check(decay, x, begins, h0):
-    """Raises ValueError on the first argument that does not fit; returns decay as a tensor."""
+    """Raises ValueError on the first argument that does not fit; returns decay as a tensor, and the channels' shape *S."""
     if _dtype(x) not in _DOUBLE:
         raise _error("x", "a tensor of float32, float64, complex64 or complex128", _dtype(x), "convert it with .to()")
     if x.dim() == 0 or x.shape[0] == 0:
@@ -176,7 +181,10 @@ def _check(decay, x, begins, h0):
     if decay.dim() == x.dim() and decay.shape[0] != x.shape[0]:
         expected, remedy = f"{x.shape[0]} rows like x", "drop its first dimension if it is constant in time"
         raise _error("decay", expected, f"shape {tuple(decay.shape)}", remedy)
-    _check_channels("decay", decay, x, x.shape if decay.dim() == x.dim() else x.shape[1:])
+    channels = x.shape[1:]
+    if decay.dim() == len(channels) and all(n == 1 or d in (1, n) for d, n in zip(decay.shape, channels)):
+        channels = torch.Size(max(d, n) for d, n in zip(decay.shape, channels)) if channels.numel() else channels
+    _check_channels("decay", decay, x, x.shape if decay.dim() == x.dim() else channels)
     if begins is not None:
         if _dtype(begins) != torch.bool:
             raise _error("begins", "a bool tensor", _dtype(begins), "convert it with begins.bool()")
@@ -187,8 +195,14 @@ def _check(decay, x, begins, h0):
     if h0 is not None:
         if _dtype(h0) != x.dtype:
             raise _error("h0", f"a tensor of x's dtype {x.dtype}", _dtype(h0), f"convert it with h0.to({x.dtype})")
-        _check_channels("h0", h0, x, x.shape[1:])
-    return decay
+        _check_channels("h0", h0, x, channels)
+    return decay, channels
+
+
+def _can_share(own, channels, begins):
+    """Are the dimensions in which x [T, *own] is shared the first ones, under one begin for all?"""
+    first = next(i for i in range(len(own), -1, -1) if i == 0 or own[i - 1] != channels[i - 1])
+    return own[:first].numel() == 1 and (begins is None or begins.dim() == 1)
 
 
 def _check_channels(name, v, x, shape):

@@ -178,16 +178,20 @@ def _begin(x, state, h):
 
 @_jit
 def _forward(decay, x, begins, state, h, scratch, reverse):
-    """x, h [T, D]; decay [1, D] or [T, D]; begins [T, N] or [0, N] for N groups of D / N channels; state [1, D] in double."""
-    steps, groups, width = x.shape[0], begins.shape[1], x.shape[1] // begins.shape[1]
-    constant = decay.shape[0] == 1
+    """h [T, D]; decay [1, D] or [T, D]; begins [T, N] or [0, N] for N groups of D / N channels; state [1, D] in double.
+
+    x [T, D], or [T, D / N] for N groups that share it, while begins has one for all.
+    """
+    steps, groups = h.shape[0], max(begins.shape[1], h.shape[1] // x.shape[1])
+    width, constant, shared = h.shape[1] // groups, decay.shape[0] == 1, x.shape[1] < h.shape[1]
     for i in range(steps):
         t = steps - 1 - i if reverse else i
         for n in range(groups):
             start, stop = n * width, (n + 1) * width
-            x_row, state_row = _row(x, t, start, stop), _row(state, 0, start, stop)
+            x_row = _row(x, t, 0, width) if shared else _row(x, t, start, stop)
+            state_row = _row(state, 0, start, stop)
             h_row = _row(scratch, 0, start, stop) if scratch.shape[0] > 0 else _row(h, t, start, stop)
-            if begins.shape[0] > 0 and begins[t, n]:
+            if begins.shape[0] > 0 and begins[t, 0 if shared else n]:
                 _begin(x_row, state_row, h_row)
             else:
                 _step(_row(decay, 0 if constant else t, start, stop), x_row, state_row, h_row, reverse)
@@ -227,6 +231,16 @@ def _begin_back(grad, carry, grad_x):
 
 
 @_jit
+def _add_up(row, out):
+    """The gradient of a row that several groups of channels shared."""
+    for c in range(out.shape[0]):
+        out[c] = row[c]
+    for start in range(out.shape[0], row.shape[0], out.shape[0]):
+        for c in range(out.shape[0]):
+            out[c] += row[start + c]
+
+
+@_jit
 def _flush(partial, grad_decay):
     for c in range(partial.shape[0]):
         grad_decay[c] += partial[c]
@@ -235,7 +249,10 @@ def _flush(partial, grad_decay):
 
 @_jit
 def _backward(decay, h, begins, first, grad_h, carry, partial, grad_decay, grad_x, scratch, need_decay_grad, reverse):
-    """Walks against the scan; `first` [1, D] stands for the row before the first; grad_decay is double, [1, D] or [T, D]."""
+    """Walks against the scan; `first` [1, D] stands for the row before the first; grad_decay is double, [1, D] or [T, D].
+
+    grad_x [T, D], or less where groups of channels share a row; their gradients are then computed in `scratch` [1, D].
+    """
     steps, groups, width = h.shape[0], begins.shape[1], h.shape[1] // begins.shape[1]
     constant = decay.shape[0] == 1
     for i in range(steps):
@@ -252,7 +269,9 @@ def _backward(decay, h, begins, first, grad_h, carry, partial, grad_decay, grad_
             if need_decay_grad:
                 previous = _row(first, 0, start, stop) if i == steps - 1 else _row(h, t + 1 if reverse else t - 1, start, stop)
                 _decay_back(previous, x_row, _row(partial, 0, start, stop), not reverse)
-        if scratch.shape[0] > 0:
+        if grad_x.shape[1] < h.shape[1]:
+            _add_up(_row(scratch, 0, 0, h.shape[1]), _row(grad_x, t, 0, grad_x.shape[1]))
+        elif scratch.shape[0] > 0:
             _past_cache(_row(scratch, 0, 0, h.shape[1]), _row(grad_x, t, 0, h.shape[1]), not reverse)
         if need_decay_grad and (not constant or i % _FLUSH == _FLUSH - 1 or i == steps - 1):
             _flush(_row(partial, 0, 0, h.shape[1]), _row(grad_decay, 0 if constant else t, 0, h.shape[1]))
@@ -275,27 +294,28 @@ def _forward_one(decay, x, begins, state, h, reverse):
 
 def forward(decay, x, begins, h0, reverse):
     """See `scan.py` for the signature that all backends share. CPU tensors only."""
-    h, rows = torch.empty_like(x), _rows(x)
-    state = np.zeros((1, rows.shape[1]), _DOUBLE[rows.dtype])
+    rows, h = _rows(x), torch.empty_like(x) if decay.dim() == x.dim() else x.new_empty((len(x), *decay.shape))
+    state = np.zeros((1, h.numel() // len(h)), _DOUBLE[rows.dtype])
     if h0 is not None:
         state[0] = h0.numpy().reshape(-1)
     arrays = _decay_rows(decay, x, state.dtype), rows, _flags(begins), state, _rows(h)
-    if rows.shape[1] == 1:
+    if state.shape[1] == 1:
         _forward_one(*(array.reshape(-1) for array in arrays), reverse)
     else:
         _forward(*arrays, _scratch(arrays[-1]), reverse)
     return h
 
 
-def backward(decay, h, begins, h0, grad_h, reverse, need_decay_grad):
+def backward(decay, h, begins, h0, grad_h, reverse, need_decay_grad, x_shape):
     """See `scan.py`."""
-    grad_x, rows = torch.empty_like(h), _rows(h)
+    grad_x, rows = h.new_empty(x_shape), _rows(h)
     row, double = (1, rows.shape[1]), _DOUBLE[rows.dtype]
     first = np.zeros(row, rows.dtype) if h0 is None else h0.numpy().reshape(row)
     carry, partial, decay_rows = np.zeros(row, double), np.zeros(row, rows.dtype), _decay_rows(decay, h, double)
     grad_decay = np.zeros(decay_rows.shape if need_decay_grad else (1, 1), double)
     grads = _rows(grad_h), carry, partial, grad_decay, _rows(grad_x)
-    _backward(decay_rows, rows, _flags(begins), first, *grads, _scratch(grads[-1]), need_decay_grad, reverse)
+    scratch = _scratch(grads[-1]) if x_shape == h.shape else np.empty(row, rows.dtype)
+    _backward(decay_rows, rows, _flags(begins), first, *grads, scratch, need_decay_grad, reverse)
     grad_decay = torch.from_numpy(grad_decay).view(decay.shape).to(decay.dtype) if need_decay_grad else None
     return grad_decay, grad_x, None if h0 is None else torch.from_numpy(carry).view(h0.shape).to(h0.dtype)
 

@@ -286,10 +286,10 @@ class FFM(nn.Module):
         return torch.exp(torch.complex(-self.alpha.double().abs()[None, :], self.omega.double()[:, None]))
 
     def lift(self, obs):
-        """One step as an element of the monoid; and what the readout needs of it. [T, H] -> [T, C, M] c64, 2 x [T, O]"""
+        """What one step adds, the same to every context; and what the readout needs. [T, H] -> [T, 1, M] c64, 2 x [T, O]"""
         pre_and_gate, output_gate, skip = self.inputs(obs).split(self.sizes, dim=-1)
         x = F.glu(pre_and_gate, dim=-1)  # W_pre o * sigmoid(W_gi o)  [T, M]
-        return x.to(torch.complex64)[:, None, :].expand(-1, self.omega.numel(), -1), (output_gate, skip)
+        return x.to(torch.complex64)[:, None, :], (output_gate, skip)
 
     def readout(self, x, gated):
         """The Markov state. [T, C, M] c64, 2 x [T, O] -> [T, O]. Deviates: the released code normalises after the gate."""
@@ -298,11 +298,12 @@ class FFM(nn.Module):
         return torch.lerp(skip, self.norm(z), torch.sigmoid(output_gate))
 
     def scan(self, x, begins):
-        """TBB: the memory after every step of a tape. [T, C, M] c64, [T] -> [T, C, M] c64"""
+        """TBB: the memory after every step of a tape. [T, 1, M] c64, or [T, C, M], and [T] -> [T, C, M] c64"""
         if linear_scan is not None:
             return linear_scan(self.decay(), x, begins)
         identity = tuple(e.to(x.device) for e in self.identity)
-        return blelloch_scan(resettable(self.operator, identity), (x, torch.ones(len(x), device=x.device), begins))[0]
+        x, t = x.expand(-1, self.omega.numel(), -1), torch.ones(len(x), device=x.device)
+        return blelloch_scan(resettable(self.operator, identity), (x, t, begins))[0]
 
     def forward(self, obs, begins):
         """TBB: a whole tape at once. [T, H], [T] -> [T, O]"""

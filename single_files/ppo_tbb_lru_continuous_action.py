@@ -1,6 +1,6 @@
 # docs: docs/ppo.md
 # Variant of single_files/ppo_tbb_lru.py. Changed: Args.env_id, Args.total_timesteps, Args.gamma, Args.clip_vloss,
-#   Args.ent_coef, make_env, check_spaces, Agent.__init__, Agent.policy
+#   Args.ent_coef, make_env, check_spaces, Agent.__init__, Agent.policy (was Categorical)
 # Memory and tape: Morad et al. (2024), "Recurrent Reinforcement Learning with Memoroids", https://arxiv.org/abs/2402.09900
 # LRU: Orvieto et al. (2023), "Resurrecting Recurrent Neural Networks for Long Sequences", https://arxiv.org/abs/2303.06349
 """PPO for continuous actions with Linear Recurrent Units (LRU), on a tape that carries running episodes on.
@@ -351,11 +351,12 @@ class CarriedTape:
 def enter(x, decay, begins, starts, state):
     """TBB: sections go on from their `state`: the first row adds it, faded by a step, to what it adds to the memory itself.
 
-    x [T, ...], decay [...], begins [T], starts [E], state [E, ...] -> x [T, ...], begins [T] for one scan of all sections
+    x [T, ...], begins [T], starts [E], state [E, ...] -> x [T, ...], begins [T] for one scan of all sections; decay() is [...]
     """
     fresh = begins[starts]
     if not fresh.all():
-        x = x.index_add(0, starts, torch.where(fresh.view(-1, *[1] * (x.dim() - 1)), 0, state) * decay.to(x.dtype))
+        state = torch.where(fresh.view(-1, *[1] * (x.dim() - 1)), 0, state) * decay().to(x.dtype)
+        x = x.expand(-1, *state.shape[1:]).index_add(0, starts, state)
     return x, begins.index_fill(0, starts, True)
 
 
@@ -424,7 +425,7 @@ class LRU(nn.Module):
         [T, H], [T], [E], [E, ...], [B] -> [B, O], [E, ...]
         """
         x, gated = self.lift(obs)
-        x = self.scan(*enter(x, self.decay(), begins, starts, state))
+        x = self.scan(*enter(x, self.decay, begins, starts, state))
         after = x[F.pad(starts[1:], (0, 1), value=len(x)) - 1]
         if len(rows) < len(x):
             x, *gated = (v.index_select(0, rows) for v in (x, *gated))
@@ -481,9 +482,10 @@ class Agent(nn.Module):
             args.hidden_size, args.num_layers, state_size=args.state_size, r_min=args.r_min, r_max=args.r_max
         )
         self.norm = layer_norm(args.hidden_size)
-        self.actor = layer_init(nn.Linear(args.hidden_size, self.action_size), std=0.01)
+        self.outputs = (self.action_size, 1)  # the actor's and the critic's, of one matrix product
+        self.actor_critic = layer_init(nn.Linear(args.hidden_size, sum(self.outputs)), std=0.01)
+        torch.nn.init.orthogonal_(self.actor_critic.weight[-1:], 1.0)
         self.actor_logstd = nn.Parameter(torch.zeros(self.action_size))
-        self.critic = layer_init(nn.Linear(args.hidden_size, 1), std=1.0)
 
     # Copied from single_files/dqn_tbb_ffm.py:QNetwork.block
     @staticmethod
@@ -497,8 +499,8 @@ class Agent(nn.Module):
 
     # Copied from single_files/ppo_tbb_ffm.py:Agent.heads
     def heads(self, markov_state):
-        hidden = self.norm(markov_state)
-        return self.policy(self.actor(hidden)), self.critic(hidden).squeeze(-1)
+        logits, value = self.actor_critic(self.norm(markov_state)).split(self.outputs, dim=-1)
+        return self.policy(logits), value.squeeze(-1)
 
     # Copied from single_files/ppo_tbb_ffm.py:Agent.forward
     def forward(self, tape):

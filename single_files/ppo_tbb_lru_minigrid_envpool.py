@@ -408,11 +408,12 @@ class CarriedTape:
 def enter(x, decay, begins, starts, state):
     """TBB: sections go on from their `state`: the first row adds it, faded by a step, to what it adds to the memory itself.
 
-    x [T, ...], decay [...], begins [T], starts [E], state [E, ...] -> x [T, ...], begins [T] for one scan of all sections
+    x [T, ...], begins [T], starts [E], state [E, ...] -> x [T, ...], begins [T] for one scan of all sections; decay() is [...]
     """
     fresh = begins[starts]
     if not fresh.all():
-        x = x.index_add(0, starts, torch.where(fresh.view(-1, *[1] * (x.dim() - 1)), 0, state) * decay.to(x.dtype))
+        state = torch.where(fresh.view(-1, *[1] * (x.dim() - 1)), 0, state) * decay().to(x.dtype)
+        x = x.expand(-1, *state.shape[1:]).index_add(0, starts, state)
     return x, begins.index_fill(0, starts, True)
 
 
@@ -481,7 +482,7 @@ class LRU(nn.Module):
         [T, H], [T], [E], [E, ...], [B] -> [B, O], [E, ...]
         """
         x, gated = self.lift(obs)
-        x = self.scan(*enter(x, self.decay(), begins, starts, state))
+        x = self.scan(*enter(x, self.decay, begins, starts, state))
         after = x[F.pad(starts[1:], (0, 1), value=len(x)) - 1]
         if len(rows) < len(x):
             x, *gated = (v.index_select(0, rows) for v in (x, *gated))
@@ -542,6 +543,30 @@ class OneHot(nn.Module):
         return torch.zeros(len(obs), self.size, device=obs.device).scatter_(1, obs.long() + self.offsets, 1.0)
 
 
+# Copied from single_files/ppo_tbb_ffm.py:Categorical
+class Categorical:
+    """The choices in D parts of an action, independent of each other: torch.distributions takes three times as long.
+
+    logits [B, D, choices], finite
+    """
+
+    def __init__(self, logits):
+        self.logits = logits - logits.logsumexp(-1, keepdim=True)  # of probabilities: log p
+
+    @property
+    def mode(self):
+        return self.logits.argmax(-1)  # [B, D]
+
+    def sample(self):
+        return torch.multinomial(self.logits.exp().flatten(0, 1), 1).view(self.logits.shape[:-1])  # [B, D]
+
+    def log_prob(self, actions):
+        return self.logits.gather(-1, actions[..., None]).squeeze(-1).sum(-1)  # [B]
+
+    def entropy(self):
+        return -(self.logits.exp() * self.logits).sum((-2, -1))  # [B]
+
+
 # ALGO LOGIC: initialize agent here:
 class Agent(nn.Module):
     def __init__(self, envs, args):
@@ -555,8 +580,9 @@ class Agent(nn.Module):
             args.hidden_size, args.num_layers, state_size=args.state_size, r_min=args.r_min, r_max=args.r_max
         )
         self.norm = layer_norm(args.hidden_size)
-        self.actor = layer_init(nn.Linear(args.hidden_size, sum(self.nvec)), std=0.01)
-        self.critic = layer_init(nn.Linear(args.hidden_size, 1), std=1.0)
+        self.outputs = (sum(self.nvec), 1)  # the actor's and the critic's, of one matrix product
+        self.actor_critic = layer_init(nn.Linear(args.hidden_size, sum(self.outputs)), std=0.01)
+        torch.nn.init.orthogonal_(self.actor_critic.weight[-1:], 1.0)
 
     # Copied from single_files/dqn_tbb_ffm.py:QNetwork.block
     @staticmethod
@@ -566,15 +592,16 @@ class Agent(nn.Module):
     # Copied from single_files/ppo_tbb_ffm.py:Agent.policy
     def policy(self, logits):
         """The distribution of an action's D parts. [B, sum of choices] -> over [B, D]"""
-        most = max(self.nvec)
-        parts = [F.pad(part, (0, most - part.shape[-1]), value=-torch.inf) for part in logits.split(self.nvec, dim=-1)]
-        choices = torch.distributions.Categorical(logits=torch.stack(parts, -2), validate_args=False)
-        return torch.distributions.Independent(choices, 1, validate_args=False)
+        if len(self.nvec) == 1:
+            return Categorical(logits[:, None])
+        most = max(self.nvec)  # a choice that a part lacks is as good as impossible
+        parts = [F.pad(part, (0, most - part.shape[-1]), value=-1e9) for part in logits.split(self.nvec, dim=-1)]
+        return Categorical(torch.stack(parts, -2))
 
     # Copied from single_files/ppo_tbb_ffm.py:Agent.heads
     def heads(self, markov_state):
-        hidden = self.norm(markov_state)
-        return self.policy(self.actor(hidden)), self.critic(hidden).squeeze(-1)
+        logits, value = self.actor_critic(self.norm(markov_state)).split(self.outputs, dim=-1)
+        return self.policy(logits), value.squeeze(-1)
 
     # Copied from single_files/ppo_tbb_ffm.py:Agent.forward
     def forward(self, tape):

@@ -71,8 +71,8 @@ def random_rollouts(number, seed=0):
 
 def outputs(policy, value):
     """What tells one policy from another, and the value: [B, ...]"""
-    base = policy.base_dist
-    return torch.cat([(base.loc if hasattr(base, "loc") else base.probs).flatten(1), value[:, None]], 1)
+    told = policy.mean if isinstance(policy, torch.distributions.Independent) else policy.logits.exp()
+    return torch.cat([told.flatten(1), value[:, None]], 1)
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ def outcome(bench, name, obs, begins):
     policy, value, places = forward()
     order = places.argsort()
     loss = update()
-    return policy.base_dist.logits[order], value[order], torch.tensor(loss), *(p.grad for p in agent.parameters())
+    return policy.logits[order], value[order], torch.tensor(loss), *(p.grad for p in agent.parameters())
 
 
 def test_the_step_by_step_lstm_is_the_baseline(bench):

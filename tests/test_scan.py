@@ -130,6 +130,42 @@ def test_broadcast_decay(backend):
     assert_equal([number], [loop(torch.full((3,), 0.5, dtype=torch.float64), x, begins, None, False)], 1e-13)
 
 
+@pytest.mark.parametrize("past_cache", [False, True])
+@pytest.mark.parametrize("backend", [*BACKENDS, "ref"])
+def test_channels_share_x(monkeypatch, backend, past_cache):
+    """x is 1 where a constant decay is longer: as if it were expanded, its gradient summed; wherever that dimension stands."""
+    if past_cache:
+        monkeypatch.setattr(scan_numba, "_PAST_CACHE", 0)
+    shapes = [((4, 16), (1, 16)), ((2, 3, 5), (1, 1, 5)), ((4, 3), (4, 1)), ((4, 1, 3), (1, 1, 3)), ((5,), (1,)), ((2, 3, 8), (1, 3, 8))]
+    shapes += [((2, 3, 8), (2, 1, 8)), ((1, 3), (1, 1)), ((3, 2), (1, 1))]
+    for (channels, own), dtype, *rest in itertools.product(shapes, TOLERANCE, *[[False, True]] * 3):
+        state, flags, reverse = rest
+        kind = torch.complex128 if dtype.is_complex else torch.float64
+        decay, x, begins, h0 = make(70, channels, kind, groups=() if flags else None, state=state)
+        x = torch.randn(70, *own, dtype=kind)
+        single = [v if v is None or v.dtype == torch.bool else v.to(dtype) for v in (decay, x, begins, h0)]
+        weight = torch.randn(70, *channels, dtype=kind)
+        exact = [v if v is None or v.dtype == torch.bool else v.to(kind) for v in single]
+        expected = outcome(lambda a, x, *v: loop(a, x.expand(-1, *channels), *v, reverse), exact, weight)
+        ours = outcome(lambda *v: linear_scan(*v, reverse=reverse, backend=backend), single, weight.to(dtype))
+        assert ours[0].shape == (70, *channels) and ours[2].shape == x.shape
+        assert_equal(ours, expected, TOLERANCE[dtype] * 10)
+
+
+def test_x_is_shared_only_with_a_constant_decay_of_its_channels():
+    x, begins = torch.randn(5, 1, 3), torch.zeros(5, 2, dtype=torch.bool)
+    with pytest.raises(ValueError, match="decay: expected"):
+        linear_scan(torch.rand(2, 4), x)
+    with pytest.raises(ValueError, match="decay: expected"):
+        linear_scan(torch.rand(5, 2, 3), x)  # changes in time
+    with pytest.raises(ValueError, match="decay: expected"):
+        linear_scan(torch.rand(2), torch.randn(5))
+    with pytest.raises(ValueError, match="begins: expected"):
+        linear_scan(torch.rand(2, 3), x, begins)
+    with pytest.raises(ValueError, match="h0: expected"):
+        linear_scan(torch.rand(2, 3), x, h0=torch.rand(4, 3))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradcheck(backend):
     for dtype, varying, reverse in itertools.product([torch.float64, torch.complex128], [False, True], [False, True]):
