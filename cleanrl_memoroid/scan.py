@@ -13,8 +13,8 @@ plain loop). They share one signature:
     backward(decay, h, begins, h0, grad_h, reverse, need_decay_grad) -> (grad_decay or None, grad_x, grad_h0 or None)
 
 on contiguous x, h, grad_h [T, N, C], decay [N, C] (constant) or [T, N, C], begins bool [T, N] or None, h0 [N, C] or None. A
-backend that says ANY_SHAPE takes x [T, *S], decay *S or [T, *S], begins [T] or [T, N], h0 *S, which saves time in short scans,
-and x whose first channel dimensions are 1 where those of a constant decay are not; `backward` has the shape of x as last argument.
+backend that says ANY_SHAPE takes x [T, *S], decay *S or [T, *S], begins [T] or [T, N], h0 *S, which saves time in short scans.
+It takes x whose first channel dimensions are 1 where a constant decay's are not, too; last argument of `backward`: x's shape.
 `tune_cpu()` sets two process-wide switches that matter more to the speed of training on a CPU than the scan does.
 """
 
@@ -52,7 +52,8 @@ def linear_scan(decay, x, begins=None, h0=None, reverse=False, backend="auto"):
         h0: broadcastable to *S, of x's dtype: the state before the first row in scan order. None: zeros.
         reverse: run from the last row to the first: h[t] = x[t] + decay[t] * (0 if begins[t] else h[t+1]).
         backend: "auto" (numba on a CPU, triton on CUDA, torch where those are missing), "numba", "triton", "torch" or "ref".
-    Returns: h, [T, *S] with S of decay and x together, of x's dtype and device. Differentiable once in decay, x and h0 (twice with backend="ref").
+    Returns: h, [T, *S] with the longer of S in decay and x, of x's dtype and device. Differentiable once in decay, x and h0
+        (twice with backend="ref").
     Raises: ValueError on a wrong shape, dtype, device or backend; the message names the argument and the remedy.
     Source: the memoroid of a diagonal linear recurrence, Morad et al. (2024), section 3 and eq. 12; gradient: the same scan in
         reverse, g[t] = dL/dh[t] + conj(decay[t+1]) (0 if begins[t+1] else g[t+1]).
