@@ -13,10 +13,11 @@ LSTM step by step            the loop of CleanRL's script: nn.LSTM is called onc
 LSTM fused, without resets   nn.LSTM is called once for all steps: memory leaks from episode to episode, so it cannot replace
                              the loop; it shows what is left to win
 LSTM step by step, untuned   the loop in a process of its own without tune_cpu, as CleanRL's users run it
-The LSTMs have one Agent, the baseline's: encoder, heads, weights, loss are alike. All update with fused Adam and, but for the
-last, under tune_cpu. `vs_lstm_loop` and `vs_lstm_fused` say how many times faster than the first of the two loops a contender
-is, and than the fused LSTM, in the same run. Bars, at any length: FFM at least 5 times faster than the loop and no slower than
-fused, LRU 3 times faster than the loop.
+The LSTMs have the baseline's encoder, weights and loss. The baseline has its own heads, the others those of CleanRL's script:
+one product for the actor, one for the critic, torch.distributions. All update with fused Adam and, but for the last, under
+tune_cpu. `vs_lstm_loop` and `vs_lstm_fused` say how many times faster than the first of the two loops a contender is, and
+than the fused LSTM, in the same run. Bars, at any length: FFM at least 5 times faster than the loop and no slower than fused,
+LRU 3 times faster than the loop.
 """
 
 import argparse
@@ -80,10 +81,20 @@ def fused(lstm, x, begins):
     return lstm(x)[0]
 
 
+def cleanrl_heads(agent):
+    """Gives the baseline's Agent two heads with the same weights, in place of its one."""
+    weight, bias = agent.actor_critic.weight.detach(), agent.actor_critic.bias.detach()
+    agent.actor, agent.critic = nn.Linear(weight.shape[1], len(weight) - 1), nn.Linear(weight.shape[1], 1)
+    for head, rows in (agent.actor, slice(None, -1)), (agent.critic, slice(-1, None)):
+        head.load_state_dict({"weight": weight[rows], "bias": bias[rows]})
+    del agent.actor_critic
+
+
 def time_major(agent, memory, obs, begins):
     """Policy and value of a rollout, row after row as CleanRL flattens it. [S, N, O], [S, N] -> [S * N]"""
     x = agent.encoder(obs.flatten(0, 1)).unflatten(0, begins.shape)
-    return agent.heads(memory(agent.memory.lstm, x, begins).flatten(0, 1))
+    hidden = agent.norm(memory(agent.memory.lstm, x, begins).flatten(0, 1))
+    return torch.distributions.Categorical(logits=agent.actor(hidden)), agent.critic(hidden).squeeze(-1)
 
 
 def rollout(steps, envs=ENVS, seed=0):
@@ -102,8 +113,11 @@ def contender(name, obs, begins, hidden_size=256, minibatches=1):
     (steps, num_envs), spaces = begins.shape, (gym.spaces.Box(-np.inf, np.inf, (OBS_SIZE,)), gym.spaces.Discrete(ACTIONS))
     torch.manual_seed(0)
     agent = script.Agent(SimpleNamespace(single_observation_space=spaces[0], single_action_space=spaces[1]), args)
+    if name in (LOOP, FUSED):
+        cleanrl_heads(agent)
     # a rate of 0 does the same work, and thousands of updates with one rollout stay where they are
-    optimizer = torch.optim.Adam(agent.parameters(), lr=0.0, fused=True)
+    parameters = list(agent.parameters())
+    optimizer = torch.optim.Adam(parameters, lr=0.0, fused=True)
     carried_tape = script.CarriedTape(obs, agent.memory.initial_state(num_envs))
     carried_tape.add(obs, begins)
     all_envs, (b_obs, b_begins) = np.arange(num_envs), map(torch.from_numpy, (obs, begins))
@@ -111,6 +125,7 @@ def contender(name, obs, begins, hidden_size=256, minibatches=1):
     # of every environment in turn, [N * S], as the scripts flatten the batch; the same for every contender
     draws = torch.Generator().manual_seed(0)
     b_actions = torch.randint(ACTIONS, (num_envs * steps, 1), generator=draws)
+    b_actions = b_actions.squeeze(-1) if name in (LOOP, FUSED) else b_actions
     b_logprobs = torch.full((num_envs * steps,), -np.log(ACTIONS), dtype=torch.float32)
     b_values, b_advantages = torch.randn(2, num_envs * steps, generator=draws)
     b_returns = b_advantages + b_values
@@ -145,7 +160,7 @@ def contender(name, obs, begins, hidden_size=256, minibatches=1):
         optimizer.zero_grad()
         loss.backward()
         with torch.profiler.record_function("clip"):
-            grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm, foreach=True)
+            grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm, foreach=True)
         if not torch.isfinite(loss + grad_norm):
             raise FloatingPointError(f"loss {loss:.3g}, gradient norm {grad_norm:.3g}")
         optimizer.step()
