@@ -436,7 +436,7 @@ class FFM(nn.Module):
 
 
 class Categorical:
-    """The choices in D parts of an action, independent of each other: torch.distributions takes three times as long.
+    """The choices in D parts of an action, independent of each other. torch.distributions takes twice as long.
 
     logits [B, D, choices], finite
     """

@@ -553,7 +553,7 @@ class OneHot(nn.Module):
 
 # Copied from single_files/ppo_tbb_ffm.py:Categorical
 class Categorical:
-    """The choices in D parts of an action, independent of each other: torch.distributions takes three times as long.
+    """The choices in D parts of an action, independent of each other. torch.distributions takes twice as long.
 
     logits [B, D, choices], finite
     """

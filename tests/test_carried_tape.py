@@ -250,3 +250,44 @@ def test_a_policy_over_choices_of_several_sizes():
     policy = agent.policy(logits)
     (policy.entropy().sum() + policy.log_prob(actions).sum()).backward()
     assert logits.grad.isfinite().all() and (logits.grad != 0).all()
+
+
+def test_a_policy_over_one_choice_is_that_of_torch():
+    """Log-probability, entropy and their gradients, mode, and the same sample from the same generator."""
+    agent = make("ppo_tbb_ffm")
+    agent.nvec = [5]
+    logits = (5 * torch.randn(40, 5)).requires_grad_()
+    found = []
+    for policy in agent.policy(logits), torch.distributions.Categorical(logits=logits):
+        torch.manual_seed(1)
+        actions = policy.sample().flatten()
+        log_prob = policy.log_prob(actions if found else actions[:, None])
+        grads = [torch.autograd.grad(v.sum(), logits, retain_graph=True)[0] for v in (log_prob, policy.entropy())]
+        found.append((actions, policy.mode.flatten(), log_prob, policy.entropy(), *grads))
+    torch.testing.assert_close(*found)
+
+
+def test_a_product_with_its_bias_is_that_of_torch():
+    """`Linear` in values and gradients, for rows and for a lone one."""
+    script = load_script("ppo_tbb_ffm")
+    torch.manual_seed(0)
+    ours, theirs = script.Linear(7, 5), torch.nn.Linear(7, 5)
+    theirs.load_state_dict(ours.state_dict())
+    for x in torch.randn(9, 7), torch.randn(7):
+        found = []
+        for layer in (ours, theirs):
+            leaf = x.clone().requires_grad_()
+            out = layer(leaf)
+            found.append((out, *torch.autograd.grad((out**2).sum(), [leaf, layer.weight, layer.bias])))
+        torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("name", ["ppo_tbb_ffm", "ppo_tbb_lru_continuous_action"])
+def test_heads_begin_small_for_the_policy_and_at_one_for_the_value(name):
+    script = load_script(name)
+    agent = script.Agent(BoxSpaces if "continuous" in name else Spaces, script.Args(hidden_size=8))
+    weight = agent.actor_critic.weight.detach()
+    actor, critic = weight[:-1], weight[-1]
+    torch.testing.assert_close(actor @ actor.T, 1e-4 * torch.eye(len(actor)), rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(critic @ critic, torch.tensor(1.0))
+    assert (agent.actor_critic.bias == 0).all()
