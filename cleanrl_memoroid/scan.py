@@ -61,7 +61,7 @@ def linear_scan(decay, x, begins=None, h0=None, reverse=False, backend="auto"):
     decay, channels = _check(decay, x, begins, h0)
     module = _module(backend, x.device.type)
     steps, shared = x.shape[0], x.shape[1:] != channels
-    if shared and not (backend != "ref" and module.ANY_SHAPE and _can_share(x.shape[1:], channels, begins)):
+    if shared and not (backend != "ref" and module.ANY_SHAPE and _can_share(x.shape[1:], channels)):
         x = x.expand(steps, *channels)
     full = x.shape if decay.dim() == x.dim() else channels
     decay = decay if decay.shape == full else decay.expand(full)
@@ -200,10 +200,10 @@ def _check(decay, x, begins, h0):
     return decay, channels
 
 
-def _can_share(own, channels, begins):
-    """Are the dimensions in which x [T, *own] is shared the first ones, under one begin for all?"""
+def _can_share(own, channels):
+    """Are the dimensions in which x [T, *own] is shared the first ones? Then begins are one per row: [T] or [T, 1]."""
     first = next(i for i in range(len(own), -1, -1) if i == 0 or own[i - 1] != channels[i - 1])
-    return own[:first].numel() == 1 and (begins is None or begins.dim() == 1)
+    return own[:first].numel() == 1
 
 
 def _check_channels(name, v, x, shape):

@@ -303,7 +303,7 @@ class FFM(nn.Module):
         """The Markov state. [T, C, M] c64, 2 x [T, O] -> [T, O]. Deviates: the released code normalises after the gate."""
         output_gate, skip = gated
         z = self.mix(torch.view_as_real(x).flatten(1))  # W_mix [Re X; Im X] as one real matrix product
-        return (torch.sigmoid(output_gate) * (self.norm(z) - skip)).add_(skip)  # a lerp, in less time
+        return (torch.sigmoid(output_gate) * self.norm(z).sub_(skip)).add_(skip)  # a lerp, in less time
 
     def scan(self, x, begins):
         """TBB: the memory after every step of a tape. [T, 1, M] c64, or [T, C, M], and [T] -> [T, C, M] c64"""
