@@ -6,7 +6,8 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
 # without the previous action, which would let a policy copy what it did before instead of remembering
 medium="--env-id popgym-RepeatFirstMedium-v0 --no-prev-action --num-steps 128 --total-timesteps 1500000"
-maze="--env-id t_maze:TMaze-v0 --num-steps 64 --total-timesteps 1000000"
+# at the default rate of 1e-3 LRU finds the cue and may lose it again
+maze="--env-id t_maze:TMaze-v0 --num-steps 64 --total-timesteps 1000000 --learning-rate 5e-4"
 flags="--gamma 0.5 --checkpoint-interval 0" # rewards of a step depend on its action alone
 
 for task in "$maze" "$medium"; do
