@@ -130,7 +130,8 @@ def interleave(calls, args):
     """Times of every contender in milliseconds, {name: array}.
 
     Round after round, each has a turn, so that whatever else the machine does hits all alike. A turn is 5 ms of calls that are
-    not counted, which bring its data into the cache after the others' (left out if a call is long), then 5 ms or three calls.
+    not counted, one at least, which bring its data into the cache after the others', as it is when a program does nothing else
+    (left out if a call takes 0.2 s or more), then 5 ms or three calls.
     """
     clock = time.process_time_ns if args.cpu_time else time.perf_counter_ns
     times = {name: [] for name in calls}
@@ -146,7 +147,7 @@ def interleave(calls, args):
     while turn < args.rounds or time.perf_counter() - begin < args.seconds:
         for name, call in calls.items():
             uncounted = 0.0
-            while uncounted < 5 and (turn == 0 or np.median(times[name]) < 20):
+            while uncounted < 5 and (turn == 0 or np.median(times[name]) < 200):
                 uncounted += once(call)
             spent, calls_made = 0.0, 0
             while spent < 5 or (calls_made < 3 and spent < 50):

@@ -231,13 +231,10 @@ def _begin_back(grad, carry, grad_x):
 
 
 @_jit
-def _add_up(row, out):
-    """The gradient of a row that several groups of channels shared."""
+def _add(row, out):
+    """Short enough for LLVM to write in vectors, which it does not where `row` is indexed from a variable start."""
     for c in range(out.shape[0]):
-        out[c] = row[c]
-    for start in range(out.shape[0], row.shape[0], out.shape[0]):
-        for c in range(out.shape[0]):
-            out[c] += row[start + c]
+        out[c] += row[c]
 
 
 @_jit
@@ -254,7 +251,7 @@ def _backward(decay, h, begins, first, grad_h, carry, partial, grad_decay, grad_
     grad_x [T, D], or less where groups of channels share a row; their gradients are then computed in `scratch` [1, D].
     """
     steps, groups, width = h.shape[0], begins.shape[1], h.shape[1] // begins.shape[1]
-    constant = decay.shape[0] == 1
+    constant, shared = decay.shape[0] == 1, grad_x.shape[1]
     for i in range(steps):
         t = i if reverse else steps - 1 - i
         for n in range(groups):
@@ -269,8 +266,11 @@ def _backward(decay, h, begins, first, grad_h, carry, partial, grad_decay, grad_
             if need_decay_grad:
                 previous = _row(first, 0, start, stop) if i == steps - 1 else _row(h, t + 1 if reverse else t - 1, start, stop)
                 _decay_back(previous, x_row, _row(partial, 0, start, stop), not reverse)
-        if grad_x.shape[1] < h.shape[1]:
-            _add_up(_row(scratch, 0, 0, h.shape[1]), _row(grad_x, t, 0, grad_x.shape[1]))
+        if shared < h.shape[1]:
+            out = _row(grad_x, t, 0, shared)
+            out[:] = 0
+            for start in range(0, h.shape[1], shared):
+                _add(_row(scratch, 0, start, start + shared), out)
         elif scratch.shape[0] > 0:
             _past_cache(_row(scratch, 0, 0, h.shape[1]), _row(grad_x, t, 0, h.shape[1]), not reverse)
         if need_decay_grad and (not constant or i % _FLUSH == _FLUSH - 1 or i == steps - 1):

@@ -416,7 +416,7 @@ class LRU(nn.Module):
         """The Markov state o + GLU(GELU(Re(C x) + D LN(o))). [T, P] c64, 2 x [T, H] -> [T, H]"""
         normed, skip = gated
         y = torch.addcmul(F.linear(torch.view_as_real(x).flatten(1), self.C), self.D, normed)
-        return skip + F.glu(self.gate(F.gelu(y)), dim=-1)
+        return F.glu(self.gate(F.gelu(y)), dim=-1).add_(skip)
 
     # Copied from single_files/dqn_tbb_lru.py:LRU.scan
     def scan(self, x, begins):
