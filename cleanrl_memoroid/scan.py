@@ -183,8 +183,9 @@ def _check(decay, x, begins, h0):
         expected, remedy = f"{x.shape[0]} rows like x", "drop its first dimension if it is constant in time"
         raise _error("decay", expected, f"shape {tuple(decay.shape)}", remedy)
     channels = x.shape[1:]
-    if decay.dim() == len(channels) and all(n == 1 or d in (1, n) for d, n in zip(decay.shape, channels)):
-        channels = torch.Size(max(d, n) for d, n in zip(decay.shape, channels)) if channels.numel() else channels
+    if decay.shape != channels and decay.dim() == len(channels):
+        if all(n == 1 or d in (1, n) for d, n in zip(decay.shape, channels)):
+            channels = torch.broadcast_shapes(decay.shape, channels)
     _check_channels("decay", decay, x, x.shape if decay.dim() == x.dim() else channels)
     if begins is not None:
         if _dtype(begins) != torch.bool:
