@@ -133,6 +133,6 @@ if __name__ == "__main__":
     print(f"trained for {model.num_timesteps:,} steps, {time.time() - start_time:.1f} seconds")
     returns = evaluate(model, envs, args.eval_episodes, args.seed + 1_000_000)
     for index, episodic_return in enumerate(returns):
-        writer.add_scalar("eval/episodic_return", episodic_return, index)
+        writer.add_scalar("eval/episodic_return", episodic_return, model.num_timesteps + index)
     print(f"evaluation: episodic_return={np.mean(returns):.4f} ({len(returns)} greedy episodes)")
     writer.close()

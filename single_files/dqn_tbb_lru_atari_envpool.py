@@ -754,8 +754,8 @@ if __name__ == "__main__":
         if args.checkpoint_interval and global_step % args.checkpoint_interval < args.num_envs:
             content = {name: part.state_dict() for name, part in parts.items()}
             content |= {"args": asdict(args), "run_name": run_name, "rng": rng.bit_generator.state}
+            writer.flush()  # first: a run that goes on from here logs nothing before
             save(f"runs/{run_name}/checkpoint.pt", content | {"global_step": global_step, "update": update})
-            writer.flush()
 
         # ALGO LOGIC: put action logic here
         duration = args.exploration_fraction * args.total_timesteps
@@ -846,7 +846,7 @@ if __name__ == "__main__":
         print(f"model saved to {model_path}")
     if args.eval_episodes:
         for idx, episodic_return in enumerate(evaluate_games(q_network, eval_envs, args.eval_episodes, eval_seeds, device)):
-            writer.add_scalar("eval/episodic_return", episodic_return, idx)
+            writer.add_scalar("eval/episodic_return", episodic_return, global_step + idx)  # --resume takes it back
 
     envs.close()
     writer.close()

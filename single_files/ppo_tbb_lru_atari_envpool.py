@@ -887,8 +887,8 @@ if __name__ == "__main__":
         if writes and args.checkpoint_interval and global_step % args.checkpoint_interval < args.batch_size:
             content = {"agent": agent.state_dict(), "optimizer": optimizer.state_dict(), "global_step": global_step}
             content |= {"iteration": iteration, "args": asdict(args), "run_name": run_name}
+            writer.flush()  # first: a run that goes on from here logs nothing before
             save(f"runs/{run_name}/checkpoint.pt", content)
-            writer.flush()
 
         # Annealing the rate if instructed to do so.
         if args.anneal_lr:
@@ -1018,7 +1018,7 @@ if __name__ == "__main__":
         print(f"model saved to {model_path}")
     if args.eval_episodes:
         for idx, episodic_return in enumerate(evaluate(agent, eval_fns, args.eval_episodes, eval_seeds, device)):
-            writer.add_scalar("eval/episodic_return", episodic_return, idx)
+            writer.add_scalar("eval/episodic_return", episodic_return, global_step + idx)  # --resume takes it back
 
     envs.close()
     writer.close()

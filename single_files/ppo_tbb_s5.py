@@ -778,8 +778,8 @@ if __name__ == "__main__":
                 content["envs"] = None
                 if global_step == 0:
                     print(f"{args.env_id} cannot be saved ({error}): --resume will begin new episodes, the run will differ")
+            writer.flush()  # first: a run that goes on from here logs nothing before
             save(f"runs/{run_name}/checkpoint.pt", content)
-            writer.flush()
 
         # Annealing the rate if instructed to do so.
         if args.anneal_lr:
@@ -935,7 +935,7 @@ if __name__ == "__main__":
         print(f"model saved to {model_path}")
     if args.eval_episodes:
         for idx, episodic_return in enumerate(evaluate(agent, eval_fns, args.eval_episodes, eval_seeds, device)):
-            writer.add_scalar("eval/episodic_return", episodic_return, idx)
+            writer.add_scalar("eval/episodic_return", episodic_return, global_step + idx)  # --resume takes it back
 
     envs.close()
     writer.close()

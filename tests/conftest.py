@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.register_assert_rewrite("scripts")  # its assertions show what differs, too
 ROOT = Path(__file__).parent.parent
 
 

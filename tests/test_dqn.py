@@ -4,6 +4,7 @@ import functools
 import os
 import re
 import runpy
+import shutil
 import sys
 
 import gymnasium as gym
@@ -110,6 +111,13 @@ def test_another_seed_gives_another_run(finished, tmp_path):
 )
 def test_a_killed_run_resumes_exactly(finished, tmp_path, script, kills):
     kill_and_resume(finished(script)[0], tmp_path, resumable(script), kills, script)
+
+
+def test_a_finished_run_that_is_resumed_is_logged_once(finished, tmp_path):
+    """As one that was killed after its evaluation is."""
+    shutil.copytree(finished("dqn_tbb_ffm")[0] / "runs", tmp_path / "runs")
+    run(tmp_path, "--resume", run_folder(tmp_path))
+    assert_equal_runs(finished("dqn_tbb_ffm")[0], tmp_path)
 
 
 @pytest.mark.slow

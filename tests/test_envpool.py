@@ -297,6 +297,7 @@ def test_a_resumed_run_goes_on_with_tape_and_weights_and_new_games(finished, mai
     lengths = scalars(run_folder(tmp_path))["charts/episodic_length"]
     assert {value for _, value in lengths} == {40.0}
     assert [step for step, _ in lengths if 1200 < step] == [1320] * 3 + [1440] * 3
+    assert len(scalars(run_folder(tmp_path))["eval/episodic_return"]) == 4  # not also those before the run was resumed
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,8 @@ def test_a_run_logs_saves_evaluates_and_resumes(tmp_path, script):
     assert again.splitlines()[-1] == out.splitlines()[-1]
     resumed = run(tmp_path, "--resume", folder, script=script)  # from step 0, the only checkpoint: with other games
     assert "warning" not in resumed and run_folder(tmp_path) == folder
-    assert len(scalars(folder)["losses/value_loss"]) == len(logged["losses/value_loss"])
+    for name in ("losses/value_loss", "eval/episodic_return"):
+        assert len(scalars(folder)[name]) == len(logged[name])
     assert not list(tmp_path.glob("runs/*/*.partial"))
 
 

@@ -4,6 +4,7 @@ import functools
 import os
 import re
 import runpy
+import shutil
 import sys
 
 import gymnasium as gym
@@ -114,6 +115,13 @@ def test_equal_seeds_give_equal_runs_and_others_do_not(finished, tmp_path):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_killed_run_resumes_exactly(finished, tmp_path, script):
     kill_and_resume(finished(script)[0], tmp_path, small(script), [(3, 4), (2, 3)], script)
+
+
+def test_a_finished_run_that_is_resumed_is_logged_once(finished, tmp_path):
+    """As one that was killed after its evaluation is."""
+    shutil.copytree(finished("ppo_tbb_lru")[0] / "runs", tmp_path / "runs")
+    run(tmp_path, "--resume", run_folder(tmp_path), script="ppo_tbb_lru")
+    assert_equal_runs(finished("ppo_tbb_lru")[0], tmp_path)
 
 
 @pytest.mark.parametrize("cut", [0, 10])
