@@ -83,7 +83,7 @@ class Args:
     """options of envpool, as JSON; action_max 2 leaves turning and walking of the seven actions, all that the tasks need"""
     total_timesteps: int = 500_000
     """total timesteps of the experiment, over all environments (steps)"""
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
     """the learning rate of the optimizer at the start"""
     num_envs: int = 64
     """the number of parallel environments"""
@@ -93,7 +93,7 @@ class Args:
     """if toggled, the learning rate falls linearly to zero"""
     gamma: float = 0.99
     """the discount factor gamma"""
-    gae_lambda: float = 0.95
+    gae_lambda: float = 0.99
     """the lambda for the general advantage estimation"""
     num_minibatches: int = 4
     """the number of minibatches; TBB: each of whole environments, whose steps stay in order"""
