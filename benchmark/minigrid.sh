@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# MiniGrid's memory tasks: bash benchmark/minigrid.sh; then python benchmark/report.py; docs/envpool.md has the results.
+# MiniGrid's memory tasks: bash benchmark/minigrid.sh; then python benchmark/report.py; docs/ppo_envpool.md has the results.
 # The short corridors with memory and without, and with another lambda; the long ones once, for a budget. 25 minutes on two cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
