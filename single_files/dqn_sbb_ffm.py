@@ -583,7 +583,7 @@ if __name__ == "__main__":
             sync_tensorboard=True,
             config=vars(args),
             name=run_name,
-            id=run_name,
+            id=run_name.replace("/", "-").replace(":", "-"),  # of names such as ALE/Pong-v5
             resume="allow",
             save_code=True,
         )
