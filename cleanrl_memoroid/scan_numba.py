@@ -183,15 +183,14 @@ def _forward(decay, x, begins, state, h, scratch, reverse):
     x [T, D], or [T, D / N] for N groups that share it, while begins has one for all.
     """
     steps, groups = h.shape[0], max(begins.shape[1], h.shape[1] // x.shape[1])
-    width, constant, shared = h.shape[1] // groups, decay.shape[0] == 1, x.shape[1] < h.shape[1]
+    width, constant, apart = h.shape[1] // groups, decay.shape[0] == 1, int(x.shape[1] == h.shape[1])
     for i in range(steps):
         t = steps - 1 - i if reverse else i
         for n in range(groups):
             start, stop = n * width, (n + 1) * width
-            x_row = _row(x, t, 0, width) if shared else _row(x, t, start, stop)
-            state_row = _row(state, 0, start, stop)
+            x_row, state_row = _row(x, t, apart * start, apart * start + width), _row(state, 0, start, stop)
             h_row = _row(scratch, 0, start, stop) if scratch.shape[0] > 0 else _row(h, t, start, stop)
-            if begins.shape[0] > 0 and begins[t, 0 if shared else n]:
+            if begins.shape[0] > 0 and begins[t, apart * n]:
                 _begin(x_row, state_row, h_row)
             else:
                 _step(_row(decay, 0 if constant else t, start, stop), x_row, state_row, h_row, reverse)
