@@ -1,6 +1,6 @@
 # docs: docs/ppo_envpool.md
 # Variant of single_files/ppo_tbb_lru.py. Changed: Args.env_id, Args.env_kwargs (were Args.prev_action),
-#   Args.total_timesteps, Args.learning_rate, Args.num_steps, Args.norm_reward, Args.ent_coef, make_env, vector_env, EnvPool,
+#   Args.total_timesteps, Args.num_steps, Args.gae_lambda, Args.norm_reward, Args.ent_coef, make_env, vector_env, EnvPool,
 #   minigrid_view, check_spaces, OneHot, Agent.__init__, env_fns in __main__, eval_fns in __main__, obs in __main__
 # Memory and tape: Morad et al. (2024), "Recurrent Reinforcement Learning with Memoroids", https://arxiv.org/abs/2402.09900
 # LRU: Orvieto et al. (2023), "Resurrecting Recurrent Neural Networks for Long Sequences", https://arxiv.org/abs/2303.06349
