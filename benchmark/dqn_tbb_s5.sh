@@ -4,11 +4,11 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
 previous="--env-id popgym-RepeatPreviousEasy-v0 --total-timesteps 40000 --gamma 0.5 --learning-starts 2000 --batch-size 200
-    --tau 0.1 --no-anneal-lr"
+    --train-frequency 32 --tau 0.1 --no-anneal-lr"
 paper='{"k":10,"num_decks":2}' # what Morad et al. (2024) call RepeatPreviousEasy; as registered it has k = 4 and one deck
 
 for seed in 1 2 3; do
-    "$python" single_files/dqn_tbb_s5.py --seed "$seed" --total-timesteps 120000 --train-frequency 16 --tau 0.02
+    "$python" single_files/dqn_tbb_s5.py --seed "$seed"
     for kwargs in '{}' "$paper"; do
         "$python" single_files/dqn_tbb_s5.py --seed "$seed" $previous --env-kwargs "$kwargs"
         "$python" single_files/dqn_tbb_s5.py --seed "$seed" $previous --env-kwargs "$kwargs" \

@@ -10,23 +10,22 @@ pendulum="single_files/ppo_tbb_lru_continuous_action.py"
     for seed in 1 2 3 4 5; do
         echo "single_files/ppo_tbb_ffm.py --seed $seed"
     done
-    for arm in "tbb_lru --total-timesteps 300000" "tbb_s5 --total-timesteps 300000" tbb_linattn sbb_lstm; do
-        read -r memory flags <<<"$arm"
-        for seed in 1 2 3; do
-            echo "single_files/ppo_$memory.py ${flags:-} --seed $seed"
+    for memory in tbb_lru tbb_s5 tbb_linattn sbb_lstm; do
+        for seed in 1 2 3 4 5; do
+            echo "single_files/ppo_$memory.py --seed $seed"
         done
     done
     for flags in "--total-timesteps 200000" "--total-timesteps 300000 --num-envs 32 --env-kwargs '$paper'"; do
-        for seed in 1 2 3; do
+        for seed in 1 2 3 4 5; do
             echo "single_files/ppo_tbb_lru.py --seed $seed --env-id popgym-RepeatPreviousEasy-v0 --gamma 0.5 $flags"
         done
     done
-    for seed in 1 2 3; do
+    for seed in 1 2 3 4 5; do
         echo "single_files/ppo_tbb_lru.py --seed $seed --env-id popgym-PositionOnlyCartPoleEasy-v0 --num-steps 64" \
             "--total-timesteps 400000"
     done
     for script in "$pendulum --exp-name pendulum.lru" "benchmark/memoryless.py $pendulum --exp-name pendulum.memoryless"; do
-        for seed in 1 2 3; do
+        for seed in 1 2 3 4 5; do
             echo "$script --seed $seed"
         done
     done

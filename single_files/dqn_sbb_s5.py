@@ -43,7 +43,7 @@ except ImportError:
 
 @dataclass
 class Args:
-    # region arguments -- Copied from single_files/dqn_tbb_ffm.py#arguments
+    # region arguments -- Copied from single_files/dqn_tbb_ffm.py#arguments with 75_000->120_000, 01->02, 32->16
     exp_name: str = os.path.basename(__file__)[: -len(".py")]
     """the name of this experiment"""
     seed: int = 1
@@ -82,7 +82,7 @@ class Args:
     """arguments for the environment's constructor, as JSON, such as '{"k": 10, "num_decks": 2}'"""
     prev_action: bool = True
     """if toggled, POPGym observations include the previous action"""
-    total_timesteps: int = 75_000
+    total_timesteps: int = 120_000
     """total timesteps of the experiment, over all environments (steps)"""
     learning_rate: float = 1e-3
     """the learning rate of the optimizer at the start"""
@@ -96,7 +96,7 @@ class Args:
     """the capacity of the tape buffer; an episode of L transitions takes L + 1 rows (rows)"""
     gamma: float = 0.99
     """the discount factor gamma"""
-    tau: float = 0.01
+    tau: float = 0.02
     """the target network moves this share of the way to the Q network at each update"""
     batch_size: int = 500
     """a tape is filled with whole episodes until it holds this many transitions (transitions)"""
@@ -108,7 +108,7 @@ class Args:
     """the fraction of `total_timesteps` it takes from start_e to end_e, once learning has started"""
     learning_starts: int = 5_000
     """timestep to start learning; until then actions are random (steps)"""
-    train_frequency: int = 32
+    train_frequency: int = 16
     """environment steps per update (steps)"""
     max_grad_norm: float = 1.0
     """the maximum norm of the gradient"""

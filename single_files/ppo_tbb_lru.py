@@ -1,5 +1,5 @@
 # docs: docs/ppo.md
-# Variant of single_files/ppo_tbb_ffm.py. Changed: Args, LRU, StackedLRU (were FFM), Agent.__init__
+# Variant of single_files/ppo_tbb_ffm.py. Changed: Args, Args.total_timesteps, LRU, StackedLRU (were FFM), Agent.__init__
 # Memory and tape: Morad et al. (2024), "Recurrent Reinforcement Learning with Memoroids", https://arxiv.org/abs/2402.09900
 # LRU: Orvieto et al. (2023), "Resurrecting Recurrent Neural Networks for Long Sequences", https://arxiv.org/abs/2303.06349
 """PPO with Linear Recurrent Units (LRU), trained on a tape that carries running episodes from rollout to rollout.
@@ -42,7 +42,7 @@ except ImportError:
 
 @dataclass
 class Args:
-    # region arguments -- Copied from single_files/ppo_tbb_ffm.py#arguments
+    # region arguments -- Copied from single_files/ppo_tbb_ffm.py#arguments with 150_000->300_000
     exp_name: str = os.path.basename(__file__)[: -len(".py")]
     """the name of this experiment"""
     seed: int = 1
@@ -81,7 +81,7 @@ class Args:
     """arguments for the environment's constructor, as JSON, such as '{"k": 10, "num_decks": 2}'"""
     prev_action: bool = True
     """if toggled, POPGym observations include the previous action"""
-    total_timesteps: int = 150_000
+    total_timesteps: int = 300_000
     """total timesteps of the experiment, over all environments (steps)"""
     learning_rate: float = 1e-3
     """the learning rate of the optimizer at the start"""

@@ -1,6 +1,6 @@
 # docs: docs/ppo.md
-# Variant of single_files/ppo_tbb_lru.py. Changed: Args.env_id, Args.total_timesteps, Args.gamma, Args.clip_vloss,
-#   Args.ent_coef, make_env, check_spaces, Agent.__init__, Agent.policy (was Categorical)
+# Variant of single_files/ppo_tbb_lru.py. Changed: Args.env_id, Args.gamma, Args.clip_vloss, Args.ent_coef, make_env,
+#   check_spaces, Agent.__init__, Agent.policy (was Categorical)
 # Memory and tape: Morad et al. (2024), "Recurrent Reinforcement Learning with Memoroids", https://arxiv.org/abs/2402.09900
 # LRU: Orvieto et al. (2023), "Resurrecting Recurrent Neural Networks for Long Sequences", https://arxiv.org/abs/2303.06349
 """PPO for continuous actions with Linear Recurrent Units (LRU), on a tape that carries running episodes on.

@@ -1,5 +1,6 @@
 # docs: docs/ppo.md
-# Variant of single_files/ppo_tbb_ffm.py. Changed: Args, hippo_n, S5, StackedS5 (were FFM), Agent.__init__
+# Variant of single_files/ppo_tbb_ffm.py. Changed: Args, Args.total_timesteps, Args.num_envs, Args.gae_lambda, hippo_n, S5,
+#   StackedS5 (were FFM), Agent.__init__
 # Memory and tape: Morad et al. (2024), "Recurrent Reinforcement Learning with Memoroids", https://arxiv.org/abs/2402.09900
 # S5: Smith et al. (2023), "Simplified State Space Layers for Sequence Modeling", https://arxiv.org/abs/2208.04933
 """PPO with simplified state space layers (S5), trained on a tape that carries running episodes from rollout to rollout.
@@ -42,7 +43,7 @@ except ImportError:
 
 @dataclass
 class Args:
-    # region arguments -- Copied from single_files/ppo_tbb_ffm.py#arguments
+    # region arguments -- Copied from single_files/ppo_tbb_ffm.py#arguments with 150_000->300_000, 64->32, 95->99
     exp_name: str = os.path.basename(__file__)[: -len(".py")]
     """the name of this experiment"""
     seed: int = 1
@@ -81,11 +82,11 @@ class Args:
     """arguments for the environment's constructor, as JSON, such as '{"k": 10, "num_decks": 2}'"""
     prev_action: bool = True
     """if toggled, POPGym observations include the previous action"""
-    total_timesteps: int = 150_000
+    total_timesteps: int = 300_000
     """total timesteps of the experiment, over all environments (steps)"""
     learning_rate: float = 1e-3
     """the learning rate of the optimizer at the start"""
-    num_envs: int = 64
+    num_envs: int = 32
     """the number of parallel environments"""
     num_steps: int = 52
     """the number of steps S to run in each environment per policy rollout (steps)"""
@@ -93,7 +94,7 @@ class Args:
     """if toggled, the learning rate falls linearly to zero"""
     gamma: float = 0.99
     """the discount factor gamma"""
-    gae_lambda: float = 0.95
+    gae_lambda: float = 0.99
     """the lambda for the general advantage estimation"""
     num_minibatches: int = 4
     """the number of minibatches; TBB: each of whole environments, whose steps stay in order"""

@@ -301,7 +301,7 @@ def test_every_environment_trains(tmp_path, script, env_id):
 @pytest.mark.slow
 @pytest.mark.parametrize("script", [name for name in SCRIPTS if name != CONTINUOUS])
 def test_a_task_that_needs_memory_is_learned(tmp_path, script):
-    out = run(tmp_path, "--total-timesteps", "300000", script=script).splitlines()[-1]
+    out = run(tmp_path, script=script).splitlines()[-1]
     assert float(out.split("episodic_return=")[1].split()[0]) >= 0.95, out
 
 
