@@ -4,6 +4,6 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
 
-for seed in 1 2 3; do
+for seed in 1 2 3 4 5; do
     "$python" single_files/dqn_tbb_linattn.py --seed "$seed"
 done

@@ -7,7 +7,7 @@ previous="--env-id popgym-RepeatPreviousEasy-v0 --total-timesteps 40000 --gamma 
     --train-frequency 32 --tau 0.1 --no-anneal-lr"
 paper='{"k":10,"num_decks":2}' # what Morad et al. (2024) call RepeatPreviousEasy; as registered it has k = 4 and one deck
 
-for seed in 1 2 3; do
+for seed in 1 2 3 4 5; do
     "$python" single_files/dqn_tbb_s5.py --seed "$seed"
     for kwargs in '{}' "$paper"; do
         "$python" single_files/dqn_tbb_s5.py --seed "$seed" $previous --env-kwargs "$kwargs"
