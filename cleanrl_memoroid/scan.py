@@ -185,7 +185,7 @@ def _check(decay, x, begins, h0):
     channels = x.shape[1:]
     if decay.shape != channels and decay.dim() == len(channels):
         if all(n == 1 or d in (1, n) for d, n in zip(decay.shape, channels)):
-            channels = torch.broadcast_shapes(decay.shape, channels)
+            channels = torch.Size(d if n == 1 else n for d, n in zip(decay.shape, channels))
     _check_channels("decay", decay, x, x.shape if decay.dim() == x.dim() else channels)
     if begins is not None:
         if _dtype(begins) != torch.bool:
