@@ -164,7 +164,7 @@ def test_an_environment_that_cannot_be_saved_resumes_with_new_episodes(tmp_path)
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_file_alone_runs(tmp_path, script):
-    shorter = "--total-timesteps 60 --learning-starts 20 --eval-episodes 1".split()
+    shorter = "--total-timesteps 60 --learning-starts 20 --train-frequency 32 --eval-episodes 1".split()
     out = run(tmp_path, *COUNTING, *small(script), *shorter, **alone(tmp_path, script))
     assert "my_agent: counting_env" in out and "this file's own scan" in out and " 1 updates" in out
     assert "evaluation: episodic_return=" in out
