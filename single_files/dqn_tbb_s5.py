@@ -182,9 +182,9 @@ def tune_cpu():
     1. glibc hands large blocks back to the system when they are freed, and every new tensor pays a page fault per 4 KB:
        cloning 32 MB runs at an eighth of the memory's speed. With raised thresholds freed memory stays with the process,
        which then holds on to its peak. On Linux with glibc only.
-    2. MKL runs single-precision matrix products at half speed on AMD processors, oneDNN at full speed. PyTorch hands them to
-       oneDNN if lower precision is *permitted*; a processor without matrix units for it still computes in full single
-       precision. Kept only if a trial product is that exact; elsewhere, and before PyTorch 2.9, nothing changes.
+    2. MKL runs single-precision matrix products at half speed on AMD processors with AVX-512, oneDNN at full speed. PyTorch
+       hands them to oneDNN if lower precision is *permitted*; a processor without matrix units for it still computes in full
+       single precision. Kept only if a trial product is that exact; elsewhere, and before PyTorch 2.9, nothing changes.
 
     Returns: the settings that took effect, ("malloc", "onednn") at most. Harmless to call twice.
     """
@@ -196,7 +196,8 @@ def tune_cpu():
             if libc.mallopt(mmap_threshold, 1 << 30) and libc.mallopt(trim_threshold, -1):
                 effective.append("malloc")
     switch = getattr(torch.backends.mkldnn, "matmul", None)
-    if torch.backends.mkldnn.is_available() and hasattr(switch, "fp32_precision"):
+    able = torch.backends.mkldnn.is_available() and "AVX512" in torch.backends.cpu.get_cpu_capability()
+    if able and hasattr(switch, "fp32_precision"):
         before, switch.fp32_precision = switch.fp32_precision, "bf16"
         a = torch.sin(torch.arange(256.0 * 256)).reshape(256, 256)
         error = (a @ a - (a.double() @ a.double()).float()).abs().max()
