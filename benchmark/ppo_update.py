@@ -16,8 +16,9 @@ LSTM step by step, untuned   the loop in a process of its own without tune_cpu, 
 The LSTMs have the baseline's encoder, weights and loss. The baseline has its own heads, the others those of CleanRL's script:
 one product for the actor, one for the critic, torch.distributions. All update with fused Adam and, but for the last, under
 tune_cpu. `vs_lstm_loop` and `vs_lstm_fused` say how many times faster than the first of the two loops a contender is, and
-than the fused LSTM, in the same run. Bars, at any length: FFM at least 5 times faster than the loop and no slower than fused,
-LRU 3 times faster than the loop.
+than the fused LSTM, in the same run; medians are over several --builds of each contender, since two of one differ by a
+hundredth. Bars, at any length: FFM at least 5 times faster than the loop and no slower than fused, LRU 3 times faster than
+the loop.
 """
 
 import argparse
@@ -60,9 +61,15 @@ def parse_args():
     )
     names = [*SIZES, LOOP, FUSED, UNTUNED]
     out.add_argument("--only", nargs="+", default=names, choices=names, metavar="CONTENDER", help="contenders to time")
+    out.add_argument(
+        "--builds", type=int, default=3, help="times that all contenders are built anew, to be timed for --rounds each"
+    )
     out.add_argument("--hidden-size", type=int, default=256, help="width of every layer, the LSTM's too")
     out.add_argument("--profile", action="store_true", help="also print where the time of each contender goes")
-    return out.parse_args()
+    args = out.parse_args()
+    if args.builds < 1:
+        out.error(f"--builds: expected at least 1, got {args.builds}; raise it")
+    return args
 
 
 def step_by_step(lstm, x, begins):
@@ -184,13 +191,18 @@ def time_rollout(steps, minibatches, args):
     """Rows of the table for rollouts of one length, and its bars."""
     own = [name for name in args.only if name == UNTUNED]
     how = args.hidden_size, minibatches
-    found = {name: contender(name, *rollout(steps), *how) for name in args.only if name not in own}
-    calls = {name: epoch for name, (epoch, _, _) in found.items()}
-    calls |= {name: OwnProcess("ppo_update", "epoch_of", LOOP, steps, minibatches, args.hidden_size) for name in own}
-    parameters = {name: sum(p.numel() for p in agent.parameters() if p.requires_grad) for name, (_, _, agent) in found.items()}
     turns = argparse.Namespace(**vars(args))
     turns.rounds = max(min(args.rounds, 5), args.rounds * 128 // steps)  # seconds per call: the loop over 1,024 steps
-    times, rows = interleave(calls, turns), []
+    timed, rows = [], []
+    for _ in range(args.builds):  # where the memory of two equal contenders lies makes a hundredth of difference
+        found = {name: contender(name, *rollout(steps), *how) for name in args.only if name not in own}
+        calls = {name: epoch for name, (epoch, _, _) in found.items()}
+        calls |= {name: OwnProcess("ppo_update", "epoch_of", LOOP, steps, minibatches, args.hidden_size) for name in own}
+        timed.append(interleave(calls, turns))
+        for name in own:
+            calls.pop(name).close()
+    times = {name: np.concatenate([each[name] for each in timed]) for name in args.only}
+    parameters = {name: sum(p.numel() for p in agent.parameters() if p.requires_grad) for name, (_, _, agent) in found.items()}
     for name, values in times.items():
         memory = " ".join(f"{key} {size}" for key, size in SIZES.get(name, {}).items())
         row = {"contender": name, "memory": memory, "parameters": parameters.get(name, ""), "steps": steps}
@@ -215,8 +227,6 @@ def time_rollout(steps, minibatches, args):
                 calls[name],
                 updates=2 if np.median(times[name]) > 500 else 10,
             )
-    for name in own:
-        calls[name].close()
     return rows, bars
 
 
