@@ -8,6 +8,9 @@ its final network) and NAME_curves.csv (training returns in bins of steps); thes
 tables between `<!-- results: NAME -->` and `<!-- end results -->`. Where runs in one environment were given different flags,
 those that differ stand in the column `flags`. Nothing is typed by hand.
 
+The timings of a second machine lie in a folder of its own, benchmark/results/MACHINE, where `--out` puts them. Their markers
+are `<!-- results: MACHINE/NAME -->`; pictures are of the first machine alone.
+
 Runs of a grid (benchmark/run.py: runs/grids/NAME) become the same files, and besides NAME_intervals.csv (interquartile means
 over the seeds with bootstrap intervals), NAME_seconds.png and .svg (the same curves over wall time), and the table
 NAME_runs. A run that failed or has not ended is named, and is no part of any mean. Returns are those of the agent at that
@@ -228,8 +231,10 @@ def collect(root, runs, results, with_intervals=True):
 
 
 def measured_tables(results):
-    """{marker: table} of the files that benchmarks without runs write."""
+    """{marker: table} of the files that benchmarks without runs write; those in a folder MACHINE are named MACHINE/NAME."""
     tables = {}
+    for folder in sorted(path for path in results.glob("*") if path.is_dir()):
+        tables |= {f"{folder.name}/{name}": table for name, table in measured_tables(folder).items()}
     for name in MEASURED:
         if (path := results / f"{name}.csv").exists():
             rows, where = read_rows(path)

@@ -64,7 +64,7 @@ def test_report_reproduces_the_pages(tmp_path):
     shutil.copy(ROOT / "README.md", tmp_path)
     shutil.copy(ROOT / "benchmark" / "popgym_reference.csv", tmp_path / "benchmark")
     for page in PAGES:  # the copy starts with empty tables
-        text = re.sub(r"(<!-- results: \w+ -->\n).*?(?=<!-- end)", r"\1", page.read_text(), flags=re.DOTALL)
+        text = re.sub(r"(<!-- results: [\w/]+ -->\n).*?(?=<!-- end)", r"\1", page.read_text(), flags=re.DOTALL)
         (tmp_path / page.relative_to(ROOT)).write_text(text)
     report = [sys.executable, ROOT / "benchmark" / "report.py", "--runs", "", "--no-pictures", "--root", tmp_path]
     subprocess.run(report, check=True)

@@ -213,6 +213,18 @@ def test_intervals_are_rliables(report):
     assert (alone[0] == scores[0]).all() and np.isnan(alone[1:]).all()
 
 
+def test_a_second_machine_has_its_own_tables(report, root):
+    """Timings put into a folder of their own stand beside those of the first machine, under the folder's name."""
+    results = root / "benchmark" / "results"
+    for folder, device, figure in (results, "first", 1), (results / "other", "second", 2):
+        folder.mkdir(exist_ok=True)
+        (folder / "collect.csv").write_text(f"# device: {device}\nwhat,median_ms\nscan,{figure}\n")
+    markers = [f"<!-- results: {name} -->\n<!-- end results -->\n" for name in ("other/collect", "collect")]
+    (root / "README.md").write_text("".join(markers))
+    text = make(root, "--runs", "", "--no-pictures")
+    assert re.findall(r"device: (\w+)|\| scan \| (\d) \|", text) == [("second", ""), ("", "2"), ("first", ""), ("", "1")]
+
+
 def test_committed_intervals_are_those_of_the_committed_curves(report):
     """Checked in full where rliable is installed; anywhere, that they are of as many runs as are done, over the same steps."""
     import curves
