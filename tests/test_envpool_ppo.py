@@ -35,7 +35,7 @@ def test_no_row_mixes_two_episodes(script, env_id, limit):
     options = {} if limit is None else {"max_episode_steps": limit}
     if script == ATARI:
         options |= {"img_height": 48, "img_width": 48, "episodic_life": True}
-    envs_count, steps = 8, 12_500 if script == MINIGRID else 1_000
+    envs_count, steps = 8, 12_500 if script == MINIGRID else 300 if limit == 7 else 1_000  # an emulator's reset takes long
     ours = load_script(script).make_env(env_id, options)(envs_count)
     if script == ATARI:
         options |= {"stack_num": 1}
