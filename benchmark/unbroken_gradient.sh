@@ -6,8 +6,8 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
 # without the previous action, which would let a policy copy what it did before instead of remembering
 medium="--env-id popgym-RepeatFirstMedium-v0 --no-prev-action --num-steps 128 --total-timesteps 1500000"
-# All environments walk in step, so most rollouts hold no reward: their advantages, normalised, would be noise at full size, for
-# which LRU may lose the cue that it has found. At the default rate of 1e-3 it may, too.
+# At the default rate of 1e-3, or with normalised advantages, LRU finds the cue and may lose it again: all environments walk in
+# step, so most rollouts hold no reward, and what is normalised there is noise.
 maze="--env-id t_maze:TMaze-v0 --num-steps 64 --total-timesteps 1000000 --learning-rate 5e-4 --no-norm-adv"
 flags="--gamma 0.5 --checkpoint-interval 0" # rewards of a step depend on its action alone
 
