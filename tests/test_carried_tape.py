@@ -267,13 +267,14 @@ def test_a_policy_over_one_choice_is_that_of_torch():
     torch.testing.assert_close(*found)
 
 
-def test_a_product_with_its_bias_is_that_of_torch():
+@pytest.mark.parametrize("inputs", [7, 16], ids=["few inputs, by a copy of the weight", "more, by the weight"])
+def test_a_product_with_its_bias_is_that_of_torch(inputs):
     """`Linear` in values and gradients, for rows and for a lone one."""
     script = load_script("ppo_tbb_ffm")
     torch.manual_seed(0)
-    ours, theirs = script.Linear(7, 5), torch.nn.Linear(7, 5)
+    ours, theirs = script.Linear(inputs, 5), torch.nn.Linear(inputs, 5)
     theirs.load_state_dict(ours.state_dict())
-    for x in torch.randn(9, 7), torch.randn(7):
+    for x in torch.randn(9, inputs), torch.randn(inputs):
         found = []
         for layer in (ours, theirs):
             leaf = x.clone().requires_grad_()
