@@ -105,9 +105,9 @@ def resettable(operator, identity):
     """
 
     def wrapped(left, right):
-        (*left, left_begins), (*right, right_begins) = left, right
-        reset = (torch.where(right_begins.view(-1, *[1] * (h.dim() - 1)), e, h) for e, h in zip(identity, left))
-        return *operator(tuple(reset), tuple(right)), left_begins | right_begins
+        (*left, earlier_begins), (*right, begins) = left, right
+        reset = (torch.where(begins[(...,) + (None,) * (h.dim() - begins.dim())], e, h) for e, h in zip(identity, left))
+        return *operator(tuple(reset), tuple(right)), earlier_begins | begins
 
     return wrapped
 
@@ -152,7 +152,7 @@ class LinearAttention(nn.Module):
     def lift(self, obs):
         """phi(q), phi(k), (v, 1), skip, where phi = 1 + elu; the element of a step is phi(k) (v, 1)^T.
 
-        [T, H] -> [T, K], [T, K], [T, V + 1], [T, O]
+        [T, H] -> [T, K], [T, K], [T, V + 1], [T, H]
         """
         key_size, _, value_size, output_size = self.sizes
         query_key, value, skip = self.inputs(obs).split((2 * key_size, value_size, output_size), dim=-1)
@@ -161,7 +161,7 @@ class LinearAttention(nn.Module):
         return query, key, F.pad(value, (0, 1), value=1.0), skip
 
     def readout(self, read, skip):
-        """The Markov state LN(MLP(X^T phi(q) / z . phi(q)) + skip), of X^T phi(q). [T, V + 1], [T, O] -> [T, O]"""
+        """The Markov state LN(MLP(X^T phi(q) / z . phi(q)) + skip), of X^T phi(q). [T, V + 1], [T, H] -> [T, H]"""
         weighted, weight = read.split((self.sizes[2], 1), dim=-1)
         # 1e-6 as in the authors' code: phi can be 0
         return self.norm(self.mlp(weighted * (weight + 1e-6).reciprocal()).add_(skip))
@@ -175,12 +175,12 @@ class LinearAttention(nn.Module):
         return (query[:, None] @ x)[:, 0]
 
     def forward(self, obs, begins):
-        """TBB: a whole tape at once. [T, H], [T] -> [T, O]"""
+        """TBB: a whole tape at once. [T, H], [T] -> [T, H]"""
         query, key, value, skip = self.lift(obs)
         return self.readout(self.attend(query, key, value, begins), skip)
 
     def step(self, obs, begins, recurrent_state):
-        """TBB: one step of N environments, each from its own state. [N, H], [N], [N, K, V + 1] -> [N, O], [N, K, V + 1]"""
+        """TBB: one step of N environments, each from its own state. [N, H], [N], [N, K, V + 1] -> [N, H], [N, K, V + 1]"""
         query, key, value, skip = self.lift(obs)
         recurrent_state = torch.where(begins[:, None, None], 0, recurrent_state) + key[:, :, None] * value[:, None, :]
         return self.readout((query[:, None] @ recurrent_state)[:, 0], skip), recurrent_state

@@ -104,9 +104,9 @@ def resettable(operator, identity):
     """
 
     def wrapped(left, right):
-        (*left, left_begins), (*right, right_begins) = left, right
-        reset = (torch.where(right_begins.view(-1, *[1] * (h.dim() - 1)), e, h) for e, h in zip(identity, left))
-        return *operator(tuple(reset), tuple(right)), left_begins | right_begins
+        (*left, earlier_begins), (*right, begins) = left, right
+        reset = (torch.where(begins[(...,) + (None,) * (h.dim() - begins.dim())], e, h) for e, h in zip(identity, left))
+        return *operator(tuple(reset), tuple(right)), earlier_begins | begins
 
     return wrapped
 
@@ -224,13 +224,13 @@ class FFM(nn.Module):
         return torch.exp(torch.complex(-self.alpha.double().abs()[None, :], self.omega.double()[:, None]))
 
     def lift(self, obs):
-        """What one step adds to the memory, and what the readout needs besides. [T, H] -> [T, 1, M] c64, 2 x [T, O]"""
+        """What one step adds to the memory, and what the readout needs besides. [T, H] -> [T, 1, M] c64, 2 x [T, H]"""
         pre_and_gate, output_gate, skip = self.inputs(obs).split(self.sizes, dim=-1)
         x = F.glu(pre_and_gate, dim=-1)  # W_pre o * sigmoid(W_gi o)  [T, M]
         return x.to(torch.complex64)[:, None, :], (output_gate, skip)
 
     def readout(self, x, lifted):
-        """The Markov state. [T, C, M] c64, 2 x [T, O] -> [T, O]. Deviates: the released code normalises after the gate."""
+        """The Markov state. [T, C, M] c64, 2 x [T, H] -> [T, H]. Deviates: the released code normalises after the gate."""
         output_gate, skip = lifted
         z = self.mix(torch.view_as_real(x).flatten(1))  # W_mix [Re X; Im X] as one real matrix product
         return torch.lerp(skip, self.norm(z), torch.sigmoid(output_gate))
@@ -245,7 +245,7 @@ class FFM(nn.Module):
     def forward(self, tape, obs):
         """TBB: all sections of a tape at once: the Markov states at its rows with a loss, and the memory after each section.
 
-        A section goes on from its `state`, faded by a step, unless an episode begins there. [T, H] -> [B, O], [E, ...]
+        A section goes on from its `state`, faded by a step, unless an episode begins there. [T, H] -> [B, H], [E, ...]
         """
         x, lifted = self.lift(obs)
         fresh = tape.begins[tape.starts]
@@ -258,7 +258,7 @@ class FFM(nn.Module):
         return self.readout(x, lifted), after
 
     def step(self, obs, begins, recurrent_state):
-        """TBB: one step of N environments, each from its own state. [N, H], [N], [N, C, M] -> [N, O], [N, C, M]"""
+        """TBB: one step of N environments, each from its own state. [N, H], [N], [N, C, M] -> [N, H], [N, C, M]"""
         x, lifted = self.lift(obs)
         recurrent_state = torch.where(begins[:, None, None], 0, recurrent_state) * self.decay().to(x.dtype) + x
         return self.readout(recurrent_state, lifted), recurrent_state

@@ -1,6 +1,7 @@
 # docs: docs/ppo.md
 # Variant of single_files/ppo_tbb_lru.py. Changed: Args.env_id, Args.gamma, Args.clip_vloss, Args.ent_coef, make_env,
-#   Agent.__init__, Agent.heads, log_prob, env_actions, evaluate, noise, action, entropy_loss in __main__
+#   Agent.__init__, Agent.heads, log_prob, env_actions, evaluate, noise in __main__, action in __main__,
+#   entropy_loss in __main__
 # Memory and tape: Morad et al. (2024), "Recurrent Reinforcement Learning with Memoroids", https://arxiv.org/abs/2402.09900
 # LRU: Orvieto et al. (2023), "Resurrecting Recurrent Neural Networks for Long Sequences", https://arxiv.org/abs/2303.06349
 """PPO for continuous actions with Linear Recurrent Units (LRU), on a tape that carries running episodes on.
@@ -109,9 +110,9 @@ def resettable(operator, identity):
     """
 
     def wrapped(left, right):
-        (*left, left_begins), (*right, right_begins) = left, right
-        reset = (torch.where(right_begins.view(-1, *[1] * (h.dim() - 1)), e, h) for e, h in zip(identity, left))
-        return *operator(tuple(reset), tuple(right)), left_begins | right_begins
+        (*left, earlier_begins), (*right, begins) = left, right
+        reset = (torch.where(begins[(...,) + (None,) * (h.dim() - begins.dim())], e, h) for e, h in zip(identity, left))
+        return *operator(tuple(reset), tuple(right)), earlier_begins | begins
 
     return wrapped
 
@@ -323,9 +324,10 @@ class Agent(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def heads(self, markov_state):
-        """The mean of each number of an action [B, D] and the logarithm of its standard deviation [D], and values [B]."""
+        """The mean of each number of an action and the logarithm of its standard deviation, each [B, D], and values [B]."""
         markov_state = self.norm(markov_state)
-        return (self.actor(markov_state), self.actor_logstd), self.critic(markov_state).squeeze(-1)
+        mean = self.actor(markov_state)
+        return (mean, self.actor_logstd + torch.zeros_like(mean)), self.critic(markov_state).squeeze(-1)
 
     def forward(self, tape):
         """TBB: policy and values [B] at the rows with a loss, and the recurrent state after each section [E, ...]"""
@@ -556,7 +558,7 @@ if __name__ == "__main__":
                     v_loss = torch.max(v_loss, (v_clipped - mb_returns) ** 2)
                 v_loss = 0.5 * v_loss.mean()
 
-                entropy_loss = (0.5 + 0.5 * np.log(2 * np.pi) + policy[1]).sum()  # the same in every state
+                entropy_loss = (0.5 + 0.5 * np.log(2 * np.pi) + policy[1]).sum(-1).mean()
                 loss = pg_loss - args.ent_coef * entropy_loss + v_loss * args.vf_coef
                 optimizer.zero_grad()
                 loss.backward()
