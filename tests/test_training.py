@@ -55,6 +55,12 @@ def test_epsilon_and_the_learning_rate_fall_as_their_flags_say(tmp_path):
     assert len(logged) > 2 and logged[-1][1] < logged[0][1]
 
 
+def test_actions_are_random_until_learning_starts(tmp_path):
+    run(tmp_path, *DQN, *COUNTING, *"--total-timesteps 408 --start-e 0 --end-e 0 --checkpoint-interval 400".split())
+    actions = np.concatenate([tape.actions[:-1] for tape in saved_state(tmp_path, "dqn_tbb_ffm")["tape_buffer"].episodes])
+    assert (np.bincount(actions, minlength=3) / len(actions) > 0.25).all()
+
+
 @pytest.mark.parametrize("script", [name for name in SCRIPTS if name.startswith("ppo")])
 def test_the_rollout_and_the_tape_are_one_policy(tmp_path, script):
     """Before the first update of every iteration, prefixes and refreshed states included."""
@@ -112,15 +118,21 @@ def test_the_tape_of_a_ppo_run_holds_the_running_episodes(tmp_path):
     assert longest[2] == 2 < longest[4096]
 
 
-@pytest.mark.parametrize("truncation", ["--no-truncation-is-terminal", "--truncation-is-terminal"])
-@pytest.mark.parametrize("norm", ["--no-norm-reward", "--norm-reward"])
-def test_the_value_loss_is_that_of_returns_computed_by_hand(tmp_path, truncation, norm):
+@pytest.mark.parametrize(
+    "env_id, truncation, norm",
+    [
+        ("counting_env:Counting-v0", "--no-truncation-is-terminal", "--norm-reward"),
+        ("counting_env:Counting-v0", "--truncation-is-terminal", "--no-norm-reward"),
+        ("counting_env:Both-v0", "--no-truncation-is-terminal", "--no-norm-reward"),
+    ],
+)
+def test_the_value_loss_is_that_of_returns_computed_by_hand(tmp_path, env_id, truncation, norm):
     """No learning, one epoch, one minibatch: half the mean squared advantage, with V(final observation) at truncations."""
     script, steps = load_script("ppo_tbb_ffm"), 8 * 16
     flags = "--learning-rate 0 --update-epochs 1 --num-minibatches 1 --gamma 0.9 --gae-lambda 0.8 --total-timesteps 512"
-    run(tmp_path, *PPO, *COUNTING, *flags.split(), truncation, norm, script="ppo_tbb_ffm")
+    run(tmp_path, *PPO, *COUNTING, "--env-id", env_id, *flags.split(), truncation, norm, script="ppo_tbb_ffm")
     args = torch.load(run_folder(tmp_path) / "model.pt", weights_only=True)["args"]
-    envs = [gym.make("counting_env:Counting-v0") for _ in range(4)]
+    envs = [gym.make(env_id) for _ in range(4)]
     agent = script.Agent(gym.vector.SyncVectorEnv([lambda: envs[0]]), script.Args(**args))
     agent.load_state_dict(model(tmp_path))
     values, next_values, rewards, ends = np.zeros((4, steps, 4))
@@ -142,7 +154,7 @@ def test_the_value_loss_is_that_of_returns_computed_by_hand(tmp_path, truncation
             next_values[t, i] = 0 if worthless else value(obs, False, state)[0]
             if begin:
                 obs, _ = env.reset()
-    assert len(kinds) == 3
+    assert len(kinds) == (2 if "Both" in env_id else 3)
 
     found, scale, discounted, seen = [], np.ones(steps), np.zeros(4), []
     for t in range(steps if norm == "--norm-reward" else 0):

@@ -45,6 +45,14 @@ class Signed(Counting):
         return obs, reward * 0.5 * (-1) ** self.t, *rest
 
 
+class Both(Counting):
+    """Its episodes end by termination and by truncation in the same step."""
+
+    def step(self, action):
+        obs, reward, terminated, truncated, infos = super().step(action)
+        return obs, reward, terminated or truncated, terminated or truncated, infos
+
+
 class CountingBox(Counting):
     action_space = gym.spaces.Box(-1, 1, (2,), np.float32)
 
@@ -70,5 +78,5 @@ class Image(Counting):
         return np.zeros((8, 8, 3), np.uint8)
 
 
-for kind in (Counting, Signed, CountingBox, Unpicklable, Silent, Image):
+for kind in (Counting, Signed, Both, CountingBox, Unpicklable, Silent, Image):
     gym.register(f"{kind.__name__}-v0", kind)
