@@ -1,15 +1,14 @@
 """The pictures of the report, and the intervals that they show: drawn from rows of CSV files and from nothing else.
 
-A picture is written as SVG and as PNG. Both carry a line that says what drew it and, as a digest, what was drawn: matplotlib
-of another version puts the same data into other bytes, so a test compares bytes where the drawing library is the same, and
-the digest where it is not.
+A picture carries a line that says what drew it and, as a digest, what was drawn: matplotlib of another version puts the same
+data into other bytes, so a test compares bytes where the drawing library is the same, and the digest where it is not.
 """
 
 import hashlib
 import io
 import json
 import platform
-from collections import defaultdict
+import re
 
 import numpy as np
 from tables import grouped, natural, task_name, write
@@ -44,7 +43,7 @@ def interquartile_means(scores):
 
 def line_of(points, x_name):
     """[2, points]: a run's curve over steps or seconds, or an empty array where it has none."""
-    return np.array([(float(p[x_name]), float(p["episodic_return"])) for p in points if p[x_name] != ""]).T
+    return np.array([(float(p[x_name]), float(p["episodic_return"])) for p in points if p.get(x_name, "") != ""]).T
 
 
 def interval_rows(rows, curve):
@@ -108,44 +107,14 @@ def drawn_by():
 
 
 def save(figure, path):
-    """path.svg and path.png, with what drew them and what was drawn, and without a date."""
+    """An SVG file with what drew it and what was drawn, without a date, and to a tenth of a point: a third smaller."""
     import matplotlib.pyplot as plt
 
-    note = f"drawn by {drawn_by()}; data {drawn(figure)}"
-    for ending, metadata in (("svg", {"Date": None, "Description": note}), ("png", {"Software": None, "Description": note})):
-        out = io.BytesIO()
-        figure.savefig(out, format=ending, dpi=110, metadata=metadata)
-        write(path.with_suffix(f".{ending}"), out.getvalue())
+    out, note = io.BytesIO(), f"drawn by {drawn_by()}; data {drawn(figure)}"
+    figure.savefig(out, format="svg", metadata={"Date": None, "Description": note})
+    head, body = out.getvalue().decode().split("</metadata>")
+    write(path, head + "</metadata>" + re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.1f}", body))
     plt.close(figure)
-
-
-def picture(curves, path):
-    """Training return against steps of plain runs: a panel per environment, a colour per set of flags, a line per seed."""
-    environments = list(dict.fromkeys((row["env_id"], row["env_kwargs"]) for row in curves))
-    width = 8 if any(row["flags"] for row in curves) else 5  # inches, with room for a legend
-    figure, axes = begin(1, len(environments), (width * len(environments), 3))
-    for axis, (env_id, env_kwargs) in zip(axes[0], environments):
-        lines = defaultdict(list)
-        for row in curves:
-            if (row["env_id"], row["env_kwargs"]) == (env_id, env_kwargs):
-                lines[row["flags"], row["seed"]].append((int(row["global_step"]) / 1000, float(row["episodic_return"])))
-        colors = {flags: f"C{i}" for i, flags in enumerate(dict.fromkeys(flags for flags, _ in lines))}
-        seeds = {seed for _, seed in lines}
-        for (flags, _), points in lines.items():
-            axis.plot(*np.array(points).T, color=colors[flags], alpha=0.6)
-        if len(colors) > 1:
-            for flags, color in colors.items():
-                axis.plot([], [], color=color, label=flags)
-            axis.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
-        small = all(abs(y) <= 1.05 for points in lines.values() for _, y in points)  # POPGym's returns; a game's are in points
-        axis.set(
-            title=f"{env_id}{'' if env_kwargs == '{}' else chr(10) + env_kwargs}, {len(seeds)} seeds",
-            xlabel="thousand environment steps",
-            ylabel="training return",
-            ylim=(-1.05, 1.05) if small else None,
-        )
-        axis.grid(alpha=0.3)
-    save(figure, path)
 
 
 def panel_and_color(rows):
@@ -167,12 +136,17 @@ def grid_picture(rows, curve, intervals, path, axis_name):
     names = sorted({color_of(row) for row in rows}, key=lambda name: (name != "tape", natural(name)))
     colors = {name: f"C{i}" for i, name in enumerate(names)}
     points = grouped(curve, lambda point: point["key"])
+    small = all(abs(float(point["episodic_return"])) <= 1.05 for point in curve)  # POPGym's returns; a game's are in points
     bands = grouped(intervals, lambda row: (row["env_id"], row["env_kwargs"]))
     unit, x_name = (1000, "global_step") if axis_name == "steps" else (1, "seconds")
     # a column per environment; without memories to tell apart, rows of a few environments each
     columns = len(tasks) if len(panels) > 1 else min(len(tasks), COLUMNS)
     lines = len(panels) if len(panels) > 1 else -(-len(tasks) // columns)
-    size = (3.4 * columns + 0.6, 2.2 * lines + 0.8)
+    letters = sum(6 + len(name) for name in names[:6])
+    wide = (
+        0 if letters < 40 * columns else 0.08 * max(map(len, names)) + 0.6
+    )  # inches of a legend beside the panels, not below
+    size = (3.4 * columns + 0.6 + wide, 2.2 * lines + 0.8)
     figure, axes = begin(lines, columns, size, sharey=True, sharex="col" if len(panels) > 1 else "none")
     for i, (task, members) in enumerate(tasks.items()):
         under = axes[:, i] if len(panels) > 1 else axes.flat[i : i + 1]
@@ -186,13 +160,13 @@ def grid_picture(rows, curve, intervals, path, axis_name):
                 band = [row for row in bands.get(task, []) if (row["arm"], row["axis"]) == (arm, axis_name)]
                 xs, color = [float(row["x"]) / unit for row in band], colors[color_of(cell[0])]
                 axis.plot(xs, [float(row["iqm"]) for row in band], color=color, linewidth=1.6)
-                wide = [(x, float(row["low"]), float(row["high"])) for x, row in zip(xs, band) if row["low"]]
-                if wide:
-                    axis.fill_between(*np.array(wide).T, color=color, alpha=0.15, linewidth=0)
+                area = [(x, float(row["low"]), float(row["high"])) for x, row in zip(xs, band) if row["low"]]
+                if area:
+                    axis.fill_between(*np.array(area).T, color=color, alpha=0.15, linewidth=0)
             lacks = [lacking(cell, color_of(cell[0])) for cell in grouped(here, lambda row: row["arm"]).values()]
             note = "\n".join(text for text in lacks if text) if here else "not in the grid"
             axis.text(0.02, 0.03, note, transform=axis.transAxes, fontsize=6, va="bottom")
-            axis.set(ylim=(-1.05, 1.05))
+            axis.set(ylim=(-1.05, 1.05) if small else None)
             axis.grid(alpha=0.3)
         under[0].set_title(task_name(members[0]).removeprefix("popgym-").replace(" {", "\n{"), fontsize=9)
         under[-1].set_xlabel("thousand environment steps" if axis_name == "steps" else "seconds")
@@ -200,9 +174,11 @@ def grid_picture(rows, curve, intervals, path, axis_name):
         axis.set_ylabel(f"{panel}\ntraining return" if panel else "training return")
     for axis in axes.flat[len(tasks) :] if len(panels) == 1 else []:
         axis.remove()
-    for name, color in colors.items():
-        axes[0, 0].plot([], [], color=color, label=name)
-    figure.legend(loc="outside lower center", ncols=min(len(colors), 6), fontsize="small")
+    if len(colors) > 1:
+        for name, color in colors.items():
+            axes[0, 0].plot([], [], color=color, label=name)
+        place = ("outside lower center", min(len(colors), 6)) if wide == 0 else ("outside right center", 1)
+        figure.legend(loc=place[0], ncols=place[1], fontsize="small")
     save(figure, path)
 
 
@@ -212,6 +188,36 @@ def lacking(cell, name):
     if done == len(cell):
         return ""
     return f"{name}: {done} of {len(cell)} runs done" + (f", {failed} failed" if failed else "")
+
+
+def memory_length_picture(curves, summary, path):
+    """A column per environment, a row per set of rows n, a colour per script and segment length, a line per model."""
+
+    def label(row):
+        return row["script"] + (f", segments of {row['segment_length']}" if row["segment_length"] else ", tape")
+
+    tasks, places = grouped(summary, task_name), grouped(summary, lambda row: row["at"])
+    colors = {name: f"C{i % 10}" for i, name in enumerate(dict.fromkeys(map(label, summary)))}
+    models = grouped(curves, lambda row: (row["at"], task_name(row), label(row), row["seed"], row["gamma"]))
+    figure, axes = begin(len(places), len(tasks), (6 * len(tasks), 3.2 * len(places)))
+    for line, at in zip(axes, places):
+        for axis, (task, members) in zip(line, tasks.items()):
+            named = set()
+            for (here, of, name, *_), rows in models.items():
+                if (here, of) == (at, task):
+                    shares = [float(row["share"]) or np.nan for row in rows]  # a logarithm has no place for zero
+                    axis.plot(shares, color=colors[name], alpha=0.7, lw=1, label=None if name in named else name)
+                    named.add(name)
+            lengths = {row["reward_memory_length"] for row in members}
+            for length in lengths - {"", "episode"}:
+                axis.axvline(int(length) - 0.5, color="black", ls="--", lw=1, label=f"RML = {length}, not needed to the right")
+            title = f"{task}, RML: the whole episode" if "episode" in lengths else task
+            axis.set(
+                title=f"{title}\n{at}", xlabel="age of the observation (steps)", ylabel="share of |dQ / do|", yscale="log"
+            )
+            axis.grid(alpha=0.3)
+            axis.legend(fontsize="small")
+    save(figure, path)
 
 
 def scan_picture(rows, path):

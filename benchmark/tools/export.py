@@ -1,6 +1,6 @@
 """Writes finished runs in the form in which openrlbenchmark keeps them, so that its commands plot them without an account.
 
-    python benchmark/export.py                                  # runs/ as openrlbenchmark/
+    python benchmark/tools/export.py                                  # runs/ as openrlbenchmark/
     cp -r openrlbenchmark/. "$(python -c 'import openrlbenchmark as o; print(o.__path__[0])')/dataset/"
     python -m openrlbenchmark.rlops --offline --scan-history --env-ids popgym-RepeatFirstEasy-v0 \\
         --filters '?we=local&wpn=cleanrl-memoroid&ceik=task&cen=exp_name&metric=charts/episodic_return' dqn_tbb_ffm ppo_tbb_ffm
@@ -37,20 +37,16 @@ def configurations(runs, root):
     """(name, TensorBoard folder, configuration) of each finished run below a folder, plain or of a grid."""
     import torch
 
-    owned = set()
     for path in sorted(runs.glob("grids/*/*/record.json")):
         record = json.loads(path.read_text())
-        if record["folder"]:
-            owned.add((root / record["folder"]).resolve())
-            if record["state"] == "done":
-                arm = re.sub(r"[^\w.=-]+", "-", record["arm"])
-                config = {name: record[name] for name in ("env_id", "env_kwargs", "seed", "total_timesteps", "flags")}
-                config |= {"exp_name": f"{record['grid']}.{arm}", "commit": record["commit"]}
-                yield f"{record['grid']}.{record['key']}", root / record["folder"], config
-    for folder in sorted(runs.glob("*/")):
-        models = list(folder.glob("*.cleanrl_model"))
-        if models and folder.resolve() not in owned:
-            yield folder.name, folder, torch.load(models[0], weights_only=True)["args"]
+        if record["state"] == "done":
+            arm = re.sub(r"[^\w.=-]+", "-", record["arm"])
+            config = {name: record[name] for name in ("env_id", "env_kwargs", "seed", "total_timesteps", "flags")}
+            config |= {"exp_name": f"{record['grid']}.{arm}", "commit": record["commit"]}
+            yield f"{record['grid']}.{record['key']}", root / record["folder"], config
+    for model in sorted(runs.glob("*/model.pt")):
+        args = torch.load(model, map_location="cpu", weights_only=True)["args"]
+        yield model.parent.name, model.parent, args | {"env_kwargs": json.dumps(args["env_kwargs"], separators=(",", ":"))}
 
 
 def history(events):
@@ -97,7 +93,7 @@ def export(runs, root, out, entity, project):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parents[1], help="the repository")
+    parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parents[2], help="the repository")
     parser.add_argument("--runs", default="runs", help="folder of the runs below the root")
     parser.add_argument("--out", type=Path, default=Path("openrlbenchmark"), help="folder to write")
     parser.add_argument("--entity", default="local", help="who has the runs, openrlbenchmark's `we`")

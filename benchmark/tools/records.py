@@ -1,8 +1,6 @@
-"""What finished runs logged, as rows of tables: plain runs of runs/, and runs of a grid with their records.
+"""What the runs of a grid logged, as rows of tables.
 
-A plain run is a folder of TensorBoard events with a saved model. A run of a grid has a record besides,
-runs/grids/NAME/KEY/record.json, which also tells of runs that failed, did not end, or never started, and of programs that save
-no model.
+Each has a record, runs/grids/NAME/KEY/record.json, which also tells of runs that failed, did not end, or never started.
 """
 
 import json
@@ -18,8 +16,7 @@ from tables import natural, read_rows
 BINS = 40  # points of a curve
 WINDOW = 100  # recent episodes whose mean return says what an agent in training can do
 GOAL = 0.95  # of 1, the largest return of a task of POPGym
-NOT_COMPARED = {"exp_name", "seed", "env_id", "env_kwargs", "total_timesteps", "torch_threads", "track", "checkpoint_interval"}
-NOT_COMPARED |= {"eval_episodes", "minibatch_size", "num_iterations"}
+RESULTS = "greedy_return lowest episodes training_return steps_to_goal seconds_to_goal steps_to_half".split()
 
 
 def read_events(folder):
@@ -55,68 +52,6 @@ def reached(training, goal, start):
         return "", ""
     event = training[WINDOW - 1 + int(np.argmax(means >= goal - 1e-9))]
     return event.step, f"{event.wall_time - start:.1f}"
-
-
-def read_run(folder):
-    """(row of results, rows of the curve, arguments) of a finished run, or None."""
-    import torch
-
-    models, events = list(folder.glob("*.cleanrl_model")), read_events(folder)
-    if not models or "eval/episodic_return" not in events.Tags()["scalars"]:
-        return None
-    args = torch.load(models[0], weights_only=True)["args"]
-    evaluation, training = events.Scalars("eval/episodic_return"), events.Scalars("charts/episodic_return")
-    returns, start = [e.value for e in evaluation], events.FirstEventTimestamp()
-    name, _, arm = args["exp_name"].partition(".")
-    run = {"name": name, "env_id": args["env_id"], "env_kwargs": args["env_kwargs"], "flags": arm}
-    run["seed"] = args["seed"]
-    curve = learning_curve(training, args["total_timesteps"], start)
-    result = run | {
-        "total_timesteps": args["total_timesteps"],
-        "greedy_return": f"{np.mean(returns):.4f}",
-        "lowest": f"{min(returns):.4f}",
-        "episodes": len(returns),
-        "seconds": f"{evaluation[-1].wall_time - start:.1f}",  # from the first log to the last
-        "steps_to_half": next((row["global_step"] for row in curve if float(row["episodic_return"]) >= 0.5), ""),
-    }
-    for row in curve:
-        del row["seconds"]
-    return result, [run | row for row in curve], args
-
-
-def flag_differences(found):
-    """Fills in `flags` for runs of one name: what differs between those in one environment. A tape has no segment_length."""
-    groups = defaultdict(list)
-    for result, curve, args in found:
-        if not result["flags"]:  # no arm
-            groups[result["env_id"], result["env_kwargs"]].append((result, curve, args))
-    for members in groups.values():
-        names = dict.fromkeys(name for *_, args in members for name in args if name not in NOT_COMPARED)
-        values = {name: {str(args[name]) for *_, args in members if name in args} for name in names}
-        both = len({"segment_length" in args for *_, args in members}) > 1  # tapes and segments
-        differ = [name for name in names if len(values[name]) > 1 or (name == "segment_length" and both)]
-        for result, curve, args in members:
-            flags = [f"{name}={args[name]}" for name in differ if name in args and name != "segment_length"]
-            if "segment_length" in differ:
-                flags.insert(0, f"segment_length={args['segment_length']}" if "segment_length" in args else "tape")
-            for row in (result, *curve):
-                row["flags"] = " ".join(flags)
-
-
-def read_plain_runs(folder, belong_to_grids):
-    """{name: [(row, curve, arguments)]} of the finished runs in a folder, without those that a grid's record names."""
-    names = defaultdict(list)
-    for path in sorted(folder.glob("*/")):
-        if path.name == "grids" or path.resolve() in belong_to_grids:
-            continue
-        if (found := read_run(path)) is not None:
-            names[found[0]["name"]].append(found)
-        else:
-            print(f"{path.name}: not finished, left out")
-    for found in names.values():
-        flag_differences(found)
-        found.sort(key=lambda run: [natural(run[0][column]) for column in ("env_id", "env_kwargs", "flags", "seed")])
-    return names
 
 
 def portable(text, root):
@@ -159,7 +94,7 @@ def read_record(path, root):
     memory, batches = batching(record)
     row = {name: record[name] for name in ("key", "arm")} | {"memory": memory, "batching": batches}
     row |= {name: record[name] for name in ("env_id", "env_kwargs", "seed", "total_timesteps", "state")}
-    row |= dict.fromkeys(("greedy_return", "lowest", "episodes", "training_return", "steps_to_goal", "seconds_to_goal"), "")
+    row |= dict.fromkeys(RESULTS, "")
     row |= {"seconds": f"{record['seconds']:.1f}" if record["seconds"] else "", "start_up": ""}
     row |= {name: record.get(name) for name in ("exit_status", "device", "workers", "started", "resumed", "commit", "dirty")}
     row["versions"] = ", ".join(f"{name} {version}" for name, version in (record.get("versions") or {}).items())
@@ -186,6 +121,7 @@ def read_record(path, root):
     row["steps_to_goal"], row["seconds_to_goal"] = reached(training, GOAL, start)
     row["total_timesteps"] = total = record["total_timesteps"] or saved_timesteps(folder) or max(e.step for e in training)
     curve = learning_curve(training, total, start)
+    row["steps_to_half"] = next((point["global_step"] for point in curve if float(point["episodic_return"]) >= 0.5), "")
     if record.get("resumed"):
         row["seconds_to_goal"], curve = "", [point | {"seconds": ""} for point in curve]
     return row, [{"key": record["key"]} | point for point in curve]
@@ -195,8 +131,8 @@ def saved_timesteps(folder):
     """A script's own default, from the model that it saved; None without one."""
     import torch
 
-    for model in folder.glob("*.cleanrl_model"):
-        return torch.load(model, weights_only=True)["args"]["total_timesteps"]
+    model = folder / "model.pt"
+    return torch.load(model, map_location="cpu", weights_only=True)["args"]["total_timesteps"] if model.exists() else None
 
 
 def merge(rows, curve, old_rows, old_curve):
@@ -217,15 +153,11 @@ def merge(rows, curve, old_rows, old_curve):
 
 
 def read_grids(folder, root, results):
-    """({name of a grid: (rows, curve)}, the TensorBoard folders that belong to grids)."""
-    grids, folders = {}, set()
+    """{name of a grid: (rows, curve)} of the runs below a folder, put over those of the committed CSV files."""
+    grids = {}
     for grid in sorted(folder.glob("grids/*/")):
-        paths = sorted(grid.glob("*/record.json"))
-        records = [json.loads(path.read_text()) for path in paths]
-        folders |= {(root / record["folder"]).resolve() for record in records if record["folder"]}
-        if paths:
-            found = [read_record(path, root) for path in paths]
+        if found := [read_record(path, root) for path in sorted(grid.glob("*/record.json"))]:
             rows, curve = [row for row, _ in found], [point for _, points in found for point in points]
-            files = results / f"{grid.name}.csv", results / f"{grid.name}_curves.csv"
+            files = results / grid.name / "runs.csv", results / grid.name / "curves.csv"
             grids[grid.name] = merge(rows, curve, *(read_rows(file)[0] if file.exists() else [] for file in files))
-    return grids, folders
+    return grids

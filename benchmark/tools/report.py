@@ -1,57 +1,28 @@
-"""Turns finished runs and benchmark files into the tables and the pictures of README.md and docs/.
+"""Turns finished runs and measurements into the tables and the pictures of README.md and docs/.
 
-    python benchmark/report.py                    # from runs/ and benchmark/results/*.csv
-    python benchmark/report.py --runs ""          # from the committed benchmark/results/*.csv alone
+    python benchmark/tools/report.py                    # from runs/grids and benchmark/results
+    python benchmark/tools/report.py --runs ""          # from the committed benchmark/results alone
 
-Runs of one name (a script's, or what --exp-name says) become benchmark/results/NAME.csv (a row per run: the greedy return of
-its final network) and NAME_curves.csv (training returns in bins of steps); these become NAME.png, NAME.svg and the Markdown
-tables between `<!-- results: NAME -->` and `<!-- end results -->`. Where runs in one environment were given different flags,
-those that differ stand in the column `flags`. Nothing is typed by hand.
+The runs of a grid (benchmark/tools/run.py: runs/grids/NAME) become benchmark/results/NAME: runs.csv (a row per run),
+curves.csv (training returns in bins of steps) and intervals.csv (interquartile means over the seeds with bootstrap intervals).
+From these files and no others come picture.svg, seconds.svg (the same curves over wall time), and the Markdown tables between
+`<!-- results: NAME -->` and `<!-- end results -->`. A run that failed or has not ended is named, and is no part of any mean.
+Returns are those of the agent at that time, never the best so far. Nothing is typed by hand.
 
-The timings of a second machine lie in a folder of its own, benchmark/results/MACHINE, where `--out` puts them. Their markers
-are `<!-- results: MACHINE/NAME -->`; pictures are of the first machine alone.
-
-Runs of a grid (benchmark/run.py: runs/grids/NAME) become the same files, and besides NAME_intervals.csv (interquartile means
-over the seeds with bootstrap intervals), NAME_seconds.png and .svg (the same curves over wall time), and the table
-NAME_runs. A run that failed or has not ended is named, and is no part of any mean. Returns are those of the agent at that
-time, never the best so far.
+What benchmark/speed measures lies in benchmark/results/machines/MACHINE; the markers are `<!-- results: MACHINE/NAME -->`.
 """
 
 import argparse
 from pathlib import Path
 
 import numpy as np
-from curves import grid_picture, interval_rows, picture, scan_picture, update_picture
-from records import GOAL, WINDOW, read_grids, read_plain_runs
+from curves import grid_picture, interval_rows, memory_length_picture, scan_picture, update_picture
+from records import GOAL, WINDOW, read_grids
 from tables import fill, grouped, markdown, natural, read_rows, task_name, write_rows
-
-MEASURED = "scan update update_scan collect scan_cuda memory_length_summary ppo_update atari_memory atari_speed".split()
 
 
 def mean_and_spread(values):
     return f"{np.mean(values):.3f} ± {np.std(values):.3f}"
-
-
-def run_table(rows):
-    """One row per environment and set of flags; every seed's return, and when its mean training return first was 0.5."""
-    table = []
-    for members in grouped(rows, lambda r: (r["env_id"], r["env_kwargs"], r["flags"], r["total_timesteps"])).values():
-        returns = [float(m["greedy_return"]) for m in members]
-        seconds = [float(m["seconds"]) for m in members]
-        table.append(
-            {
-                "environment": task_name(members[0]),
-                "flags": members[0]["flags"],
-                "steps": f"{int(members[0]['total_timesteps']):,}",
-                "greedy return, mean ± sd": mean_and_spread(returns),
-                "each seed": ", ".join(f"{r:.3f}" for r in returns),
-                "trains at 0.5 from (thousand steps)": ", ".join(
-                    f"{int(m['steps_to_half']) / 1000:.3g}" if m["steps_to_half"] else "never" for m in members
-                ),
-                "seconds per run": f"{min(seconds):.0f} to {max(seconds):.0f}",
-            }
-        )
-    return markdown(table, [name for name in table[0] if name != "flags" or any(row["flags"] for row in table)])
 
 
 def states(cell):
@@ -123,7 +94,7 @@ def crossed_table(rows):
 def reference_table(rows, published, source):
     """Environments as rows, arms as columns, and beside them what others published: an env_id and columns of their own."""
     if published and "env_id" not in published[0]:
-        raise ValueError(f"popgym_reference.csv: expected a column env_id, got {', '.join(published[0])}; rename one")
+        raise ValueError(f"reference.csv: expected a column env_id, got {', '.join(published[0])}; rename one")
     table, arms, theirs = [], sorted({row["arm"] for row in rows}, key=natural), {row["env_id"]: row for row in published}
     columns = [name for name in (published[0] if published else {}) if name != "env_id"]
     for task, members in grouped(rows, task_name).items():
@@ -176,101 +147,93 @@ def race_table(rows):
     return f"{text}\n\n{markdown(table, list(table[0]))}{trouble(rows)}"
 
 
-def long_table(rows):
-    """A row per environment and arm of a grid, every seed."""
+def run_table(rows, name):
+    """A row per environment, arm and budget: every seed's return, and when its mean training return was first 0.5."""
     table = []
-    for (task, arm), cell in grouped(rows, lambda row: (task_name(row), row["arm"])).items():
+    for cell in grouped(rows, lambda r: (task_name(r), r["arm"], steps_text([r]))).values():
         done = [row for row in cell if row["state"] == "done"]
         seconds = [float(row["seconds"]) for row in done]
         table.append(
             {
-                "environment": task,
-                "arm": arm,
+                "environment": task_name(cell[0]),
+                "arm": "" if cell[0]["arm"] == name else cell[0]["arm"],  # a script's default arm is no arm
                 "steps": steps_text(cell),
-                "runs": states(cell),
-                "return, mean ± sd": mean_and_spread([final_return(row) for row in done]) if done else "",
-                "each seed": ", ".join(f"{row['seed']}: {final_return(row):.3f}" for row in done),
-                f"trains at {GOAL} from (steps)": reached_text(cell, "steps_to_goal", 0),
-                "seconds per run": f"{min(seconds):.0f} to {max(seconds):.0f}" if seconds else "",
+                "greedy return, mean ± sd": cell_text(cell),
+                "each seed": ", ".join(f"{final_return(row):.3f}" for row in done),
+                "trains at 0.5 from (thousand steps)": ", ".join(
+                    f"{int(row['steps_to_half']) / 1000:.3g}" if row["steps_to_half"] else "never" for row in done
+                ),
+                "seconds per run": f"{min(seconds):.0f} to {max(seconds):.0f}" if done else "",
             }
         )
-    return f"{evaluation_text(rows)}\n\n{markdown(table, list(table[0]))}{trouble(rows)}"
+    columns = [column for column in table[0] if column != "arm" or any(row["arm"] for row in table)]
+    where = f"{evaluation_text(rows)}\n\n" if any(row["device"] for row in rows) else ""  # old results do not say
+    return where + markdown(table, columns) + trouble(rows)
 
 
-def grid_tables(name, rows, results):
-    """{marker: table} of a grid."""
-    if name == "race":
-        table = race_table(rows)
-    elif name == "popgym_easy":
-        path = results.parent / "popgym_reference.csv"
-        table = reference_table(rows, *(read_rows(path) if path.exists() else ([], "")))
-    else:
-        table = crossed_table(rows)
-    return {name: table, f"{name}_runs": long_table(rows)}
+def grid_table(folder):
+    """The table of a grid, from its folder of CSV files."""
+    rows, _ = read_rows(folder / "runs.csv")
+    if folder.name == "race":
+        return race_table(rows)
+    if folder.name == "dqn_popgym":
+        return crossed_table(rows)
+    if folder.name == "popgym_easy":
+        path = folder / "reference.csv"
+        return reference_table(rows, *(read_rows(path) if path.exists() else ([], "")))
+    return run_table(rows, folder.name)
 
 
-def is_grid(rows):
-    """Is a CSV file of results that of a grid, and not of plain runs?"""
-    return bool(rows) and "key" in rows[0]
+def measured_tables(results):
+    """{marker: table} of the files of benchmark/speed, which are named MACHINE/FILE, and of benchmark/probes."""
+    tables = {}
+    for path in [*sorted(results.glob("machines/*/*.csv")), *results.glob("memory_length/summary.csv")]:
+        rows, where = read_rows(path)
+        name = path.parent.name if path.stem == "summary" else f"{path.parent.name}/{path.stem}"
+        if path.stem == "update":  # every part of the parent's update, and of all others the whole and the parts that differ
+            most = [row for row in rows if row["script"] != "dqn_tbb_ffm" and row["what"] in ("update", "scan", "jax paper")]
+            tables[f"{name}_all"] = f"{where}\n\n{markdown(most, list(rows[0]))}" if most else where
+            rows = [row for row in rows if row["script"] == "dqn_tbb_ffm"]
+        tables[name] = f"{where}\n\n{markdown(rows, list(rows[0]))}" if rows else where
+    return tables
 
 
 def collect(root, runs, results, with_intervals=True):
-    """Writes the CSV files of every run below a folder."""
-    grids, folders = read_grids(runs, root, results)
-    for name, found in read_plain_runs(runs, folders).items():
-        write_rows(results / f"{name}.csv", [result for result, *_ in found])
-        write_rows(results / f"{name}_curves.csv", [row for _, curve, _ in found for row in curve])
-    for name, (rows, curve) in grids.items():
-        write_rows(results / f"{name}.csv", rows)
+    """Writes the CSV files of every grid below a folder of runs."""
+    for name, (rows, curve) in read_grids(runs, root, results).items():
+        write_rows(results / name / "runs.csv", rows)
         if curve:
-            write_rows(results / f"{name}_curves.csv", curve)
-            path = results / f"{name}_intervals.csv"
+            write_rows(results / name / "curves.csv", curve)
+            path = results / name / "intervals.csv"
             path.unlink(missing_ok=True)  # rather none than those of other curves
             if with_intervals:
                 write_rows(path, interval_rows(rows, curve))
 
 
-def measured_tables(results):
-    """{marker: table} of the files that benchmarks without runs write; those in a folder MACHINE are named MACHINE/NAME."""
-    tables = {}
-    for folder in sorted(path for path in results.glob("*") if path.is_dir()):
-        tables |= {f"{folder.name}/{name}": table for name, table in measured_tables(folder).items()}
-    for name in MEASURED:
-        if (path := results / f"{name}.csv").exists():
-            rows, where = read_rows(path)
-            if name == "update":  # every part of the parent's update, and of all others the whole and the parts that differ
-                most = [
-                    row for row in rows if row["script"] != "dqn_tbb_ffm" and row["what"] in ("update", "scan", "jax paper")
-                ]
-                tables["update_all"] = f"{where}\n\n{markdown(most, list(rows[0]))}" if most else where
-                rows = [row for row in rows if row["script"] == "dqn_tbb_ffm"]
-            tables[name] = f"{where}\n\n{markdown(rows, list(rows[0]))}"
-    return tables
-
-
 def draw(results):
     """Writes every picture, from the CSV files alone."""
 
-    def rows(name):
-        return read_rows(path)[0] if (path := results / f"{name}.csv").exists() else []
+    def rows(folder, name):
+        return read_rows(path)[0] if (path := folder / f"{name}.csv").exists() else []
 
-    for path in sorted(results.glob("*_curves.csv")):
-        name = path.stem.removesuffix("_curves")
-        if is_grid(found := rows(name)):
-            for axis, ending in (("steps", ""), ("seconds", "_seconds")):
-                grid_picture(found, rows(f"{name}_curves"), rows(f"{name}_intervals"), results / f"{name}{ending}", axis)
-        else:
-            picture(rows(f"{name}_curves"), results / name)
-    for name in ("scan", "scan_cuda"):
-        if found := rows(name):
-            scan_picture(found, results / name)
-    if updates := rows("update"):
-        update_picture(updates, rows("update_scan"), rows("ppo_update"), results / "update")
+    for folder in sorted(path.parent for path in results.glob("*/intervals.csv")):
+        found = [rows(folder, name) for name in ("runs", "curves", "intervals")]
+        grid_picture(*found, folder / "picture.svg", "steps")
+        if any(point.get("seconds") for point in found[1]):
+            grid_picture(*found, folder / "seconds.svg", "seconds")
+    for folder in sorted(results.glob("machines/*/")):
+        for name in ("scan", "scan_cuda"):
+            if found := rows(folder, name):
+                scan_picture(found, folder / f"{name}.svg")
+        if found := rows(folder, "update"):
+            update_picture(found, rows(folder, "update_scan"), rows(folder, "ppo_update"), folder / "update.svg")
+    if found := rows(results / "memory_length", "curves"):
+        memory_length_picture(found, rows(results / "memory_length", "summary"), results / "memory_length" / "picture.svg")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parents[1], help="the repository")
+    parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parents[2], help="the repository")
     parser.add_argument("--runs", default="runs", help='folder of the runs below the root; "" leaves them out')
     parser.add_argument("--no-pictures", action="store_true", help="tables only; needs neither matplotlib nor rliable")
     args = parser.parse_args()
@@ -279,14 +242,8 @@ def main():
         collect(args.root, args.root / args.runs, results, with_intervals=not args.no_pictures)
     if not args.no_pictures:
         draw(results)
-    tables = measured_tables(results)
-    for path in sorted(results.glob("*.csv")):
-        rows, _ = read_rows(path)
-        if is_grid(rows) and "state" in rows[0]:
-            tables |= grid_tables(path.stem, rows, results)
-        elif (results / f"{path.stem}_curves.csv").exists():
-            tables[path.stem] = run_table(rows)
-    fill(args.root, tables)
+    tables = {path.parent.name: grid_table(path.parent) for path in sorted(results.glob("*/runs.csv"))}
+    fill(args.root, tables | measured_tables(results))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
 """Runs a grid: each line of the standard input is a run; waits for all, and goes on where an earlier start was stopped.
 
     printf '%s\n' "single_files/dqn_tbb_"{ffm,lru}".py --env-id popgym-RepeatFirstEasy-v0 --seed "{1,2} |
-        python benchmark/run.py --name first --workers 2
+        python benchmark/tools/run.py --name first --workers 2
 
 A line is `[ARM:] SCRIPT FLAGS`: ARM names the run in pictures and tables (default: the script's name), SCRIPT is a path below
 the repository, FLAGS hold at least --env-id and --seed, quoted as in a shell. Runs are started in the order of the lines.
 
 Each has a folder runs/grids/NAME/KEY with record.json (what ran, on what, how it ended), log.txt (what it printed) and its
 TensorBoard folder. Whoever works on a run holds the lock of its folder, so several runners may share a grid. Started again, a
-grid does what is missing: a run that was stopped goes on with --resume from its checkpoint, where it has one and the commit
-is the same, and anew otherwise. A failed run stays failed until --retry-failed. The exit status is 1 if one failed.
+grid does what is missing: a run that was stopped goes on with --resume from its checkpoint, if it has one and the commit is
+the same, and anew otherwise. A failed run stays failed until --retry-failed. The exit status is 1 if one failed.
 """
 
 import argparse
@@ -33,8 +33,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
 
-from timing import device_name
 from tqdm import tqdm
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "speed"))
+from timing import ROOT, device_name
 
 PACKAGES = ("torch", "numpy", "numba", "gymnasium", "popgym", "stable-baselines3", "sb3-contrib")
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -61,6 +63,14 @@ def flag(flags, name):
     return None
 
 
+def env_kwargs(flags):
+    """What stands behind --env-kwargs among a command's flags, `k 10 num_decks 2`, as JSON: {"k":10,"num_decks":2}."""
+    behind = flags[flags.index("--env-kwargs") + 1 :] if "--env-kwargs" in flags else []
+    words = [json.loads(w.lower()) if re.fullmatch(r"True|False|-?\d+(\.\d+)?", w) else w for w in behind]
+    end = next((i for i, word in enumerate(behind) if word.startswith("--")), len(behind))
+    return json.dumps(dict(zip(words[:end:2], words[1:end:2])), separators=(",", ":"))
+
+
 def parse_line(line, root):
     """The record of a run that nobody has started yet, from `[ARM:] SCRIPT FLAGS`. Raises ValueError."""
     label, colon, rest = line.partition(": ")
@@ -82,24 +92,15 @@ def parse_line(line, root):
         "script": script,
         "arm": arm,
         "env_id": env_id,
-        "env_kwargs": flag(flags, "env-kwargs") or "{}",
+        "env_kwargs": env_kwargs(flags),
         "seed": int(seed),
         "total_timesteps": int(steps.replace("_", "")) if steps else None,
         "flags": flags,
         "command": ["python", script, *flags],  # from the repository's root
-        "commit": None,
-        "dirty": None,
-        "versions": {},
-        "device": None,
-        "workers": None,
-        "started": None,
-        "resumed": None,  # when it last went on from a checkpoint
+        "state": "waiting",
         "seconds": 0.0,  # of the process, from start to end, all its pieces together
         "cpu_seconds": 0.0,  # processor time of the same: what `seconds` hides on a busy machine
-        "exit_status": None,
-        "state": "waiting",
-        "error": None,
-        "folder": None,
+        **dict.fromkeys("commit dirty versions device workers started resumed exit_status error folder".split()),
     }
 
 
@@ -182,7 +183,7 @@ def start(root, folder, held, workers):
         if record["state"] == "running":  # its runner was killed and could not add its time: until its last sign of life
             since = datetime.fromisoformat(record["resumed"] or record["started"]).timestamp()
             record["seconds"] += max(0.0, max(log.stat().st_mtime, saved[-1].stat().st_mtime) - since)
-        flags = ["--resume", str(saved[-1].parent.relative_to(folder))]
+        flags = [*record["flags"], "--resume", str(saved[-1].parent.relative_to(folder))]
         record["resumed"] = now()
     else:
         shutil.rmtree(folder / "runs", ignore_errors=True)
@@ -192,7 +193,7 @@ def start(root, folder, held, workers):
     record |= {"state": "running", "error": None, "exit_status": None, "commit": commit, "dirty": dirty, "workers": workers}
     record |= {"versions": versions(), "device": f"{device_name(device)}, {os.cpu_count()} CPU cores"}
     write_record(folder, record)
-    paths = [root, *(os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path)]
+    paths = [root, *(os.path.abspath(path) for path in os.getenv("PYTHONPATH", "").split(os.pathsep) if path)]
     with open(log, "a") as out:
         out.write(f"--- {now()} {shlex.join(['python', record['script'], *flags])}\n")
         out.flush()
@@ -252,34 +253,26 @@ def stop(root, active):
         finish(root, folder, run, stopped=run.process.returncode != 0)
 
 
-def time_left(folders):
-    """(how many run, whoever started them; seconds until all have ended, or None while none has).
+def outlook(folders):
+    """How many runs are at work, whoever started them, and when all will have ended, in words.
 
-    A run is expected to take as long as those that are done in the same cell by the same script, by any, or anywhere.
+    A run is expected to take as long as those that are done in the same cell by the same script, or else as any.
     """
-    taken, groups = defaultdict(list), {}
-    records = [read_record(folder) for folder in folders]
-    for r in records:
-        cell = (r["env_id"], r["env_kwargs"], r["total_timesteps"])
-        groups[r["key"]] = [(r["script"], *cell), cell, ()]
-        for group in groups[r["key"]] if r["state"] == "done" else []:
+    records, taken, seconds = [read_record(folder) for folder in folders], defaultdict(list), 0.0
+    cells = [(r["script"], r["env_id"], r["env_kwargs"], r["total_timesteps"]) for r in records]
+    for r, cell in zip(records, cells):
+        for group in (cell, ()) if r["state"] == "done" else ():
             taken[group].append(r["seconds"])
-    running = [r for r in records if r["state"] == "running"]
+    running = sum(r["state"] == "running" for r in records)
     if not taken:
-        return len(running), None
-    left = 0.0
-    for r in running + [r for r in records if r["state"] == "waiting"]:
-        known = next(taken[group] for group in groups[r["key"]] if group in taken)
-        began = datetime.fromisoformat(r["resumed"] or r["started"]).timestamp() if r["state"] == "running" else time.time()
-        left += max(0.0, sum(known) / len(known) - r["seconds"] - (time.time() - began))
-    return len(running), left / max(1, len(running))
-
-
-def clock(seconds):
-    if seconds is None:
-        return "time left unknown"
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60:02} min left" if minutes >= 60 else f"{minutes} min left"
+        return f"{running} running, time left unknown"
+    for r, cell in zip(records, cells):
+        if r["state"] in ("running", "waiting"):
+            known, since = taken.get(cell, taken[()]), r["resumed"] or r["started"]
+            spent = time.time() - datetime.fromisoformat(since).timestamp() if r["state"] == "running" else 0.0
+            seconds += max(0.0, sum(known) / len(known) - r["seconds"] - spent)
+    hours, minutes = divmod(round(seconds / max(1, running) / 60), 60)
+    return f"{running} running, " + (f"{hours} h {minutes:02} min left" if hours else f"{minutes} min left")
 
 
 class Progress:
@@ -294,8 +287,7 @@ class Progress:
         ended = is_over(record)
         self.over += ended
         self.bar.update(ended)
-        running, left = time_left(self.folders)
-        rest = f"{running} running, {clock(left)}" if self.over < len(self.folders) else "all ended"
+        rest = outlook(self.folders) if self.over < len(self.folders) else "all ended"
         took = f" in {record['seconds']:.0f} s" if ended else ""
         self.bar.set_postfix_str(rest)
         self.bar.write(f"[{self.over}/{len(self.folders)}] {record['state']}{took}: {record['key']}; {rest}")
@@ -373,7 +365,7 @@ def main():
     parser.add_argument("--slurm", nargs="*", metavar="KEY=VALUE", help="as a Slurm job array, with submitit's parameters")
     parser.add_argument("--cluster", default="slurm", help="submitit's executor for --slurm; `local` needs no Slurm")
     parser.add_argument("--job", metavar="KEY", help="only this run of a grid that exists: what a job of --slurm does")
-    parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parents[1], help="the repository")
+    parser.add_argument("--root", type=Path, default=ROOT, help="the repository")
     args = parser.parse_args()
     if not re.fullmatch(r"[\w.-]+", args.name):
         raise SystemExit(f"--name: expected letters, digits, `_`, `-` and `.`, got {args.name!r}; it names a folder")

@@ -12,6 +12,7 @@ def natural(value):
 
 def write(path, content):
     """Text or bytes into a file that is never seen half written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(content if isinstance(content, bytes) else content.encode())
     partial.replace(path)
@@ -19,9 +20,9 @@ def write(path, content):
 
 
 def write_rows(path, rows):
-    """Dicts of one set of keys as a CSV file with a head."""
+    """Dicts as a CSV file with a head: their keys in the order of the first appearance."""
     out = io.StringIO()
-    writer = csv.DictWriter(out, rows[0].keys(), lineterminator="\n")
+    writer = csv.DictWriter(out, dict.fromkeys(name for row in rows for name in row), restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write(path, out.getvalue())
