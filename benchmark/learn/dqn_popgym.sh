@@ -1,14 +1,12 @@
 #!/usr/bin/env bash
-# The paper's figure: four tasks x four memories x tape and segments of 10 and 50. bash benchmark/dqn_popgym.sh, then
-# python benchmark/report.py. 72 runs, started so that a grid that is cut short has whole cells; WORKERS=8 runs eight at a time.
-# In a task, all arms have the same flags, and stop at the same number of steps; --batch-size makes their updates equally large.
-set -euo pipefail
-cd "$(dirname "$0")/.."
-python=${PYTHON:-python}
-paper='{"k":10,"num_decks":2}' # what Morad et al. (2024) call RepeatPreviousEasy; as registered it has k = 4 and one deck
+# The paper's figure: four tasks x four memories x tape and segments of 10 and 50. bash benchmark/learn/dqn_popgym.sh
+# 72 runs, started so that a grid that is cut short has whole cells. In a task, all arms have the same flags, and stop at the
+# same number of steps; --batch-size makes their updates equally large.
+source "$(dirname "$0")/grid.sh"
 common="--batch-size 1000 --checkpoint-interval 20000"
+# what Morad et al. (2024) call RepeatPreviousEasy has k = 10 and two decks; as registered it has k = 4 and one deck
 declare -A tasks=(
-    [previous]="popgym-RepeatPreviousEasy-v0 --env-kwargs '$paper' --total-timesteps 50000 --gamma 0.5
+    [previous]="popgym-RepeatPreviousEasy-v0 --env-kwargs k 10 num_decks 2 --total-timesteps 50000 --gamma 0.5
         --train-frequency 64 --learning-rate 5e-4 --no-anneal-lr --tau 0.05"
     [count]="popgym-CountRecallEasy-v0 --total-timesteps 100000 --gamma 0.5 --train-frequency 32 --tau 0.05"
     [cartpole]="popgym-PositionOnlyCartPoleEasy-v0 --total-timesteps 150000 --buffer-size 200000 --exploration-fraction 0.1
@@ -27,4 +25,4 @@ runs() { # a task's name, seed
 
 for round in "previous 1" "first 1" "cartpole 1" "count 1" "previous 2" "first 2"; do
     runs $round
-done | "$python" benchmark/run.py --name dqn_popgym --workers "${WORKERS:-2}" "$@"
+done | grid dqn_popgym "$@"

@@ -1,10 +1,8 @@
 #!/usr/bin/env bash
-# POPGym Easy, LRU and beside it the LSTM that people use today, one set of flags per algorithm:
-# bash benchmark/popgym_easy.sh, then python benchmark/report.py. Nothing is tuned to a task, and 150,000 steps are little: the
-# script of POPGym's own baselines stops at ten million.
-set -euo pipefail
-cd "$(dirname "$0")/.."
-python=${PYTHON:-python}
+# POPGym Easy, LRU and beside it the LSTM that people use today, one set of flags per algorithm.
+# bash benchmark/learn/popgym_easy.sh
+# Nothing is tuned to a task, and 150,000 steps are little: the script of POPGym's own baselines stops at ten million.
+source "$(dirname "$0")/grid.sh"
 budget="--total-timesteps 150000"
 
 for seed in 1 2; do
@@ -19,4 +17,4 @@ for seed in 1 2; do
     for env in NoisyPositionOnlyPendulum PositionOnlyPendulum; do # continuous actions: PPO alone
         echo "PPO, LRU: single_files/ppo_tbb_lru_continuous_action.py --env-id popgym-${env}Easy-v0 --seed $seed $budget"
     done
-done | "$python" benchmark/run.py --name popgym_easy --workers "${WORKERS:-2}" "$@"
+done | grid popgym_easy "$@"

@@ -1,11 +1,10 @@
 #!/usr/bin/env bash
-# A race to a mean return of 0.95 against what people use today: bash benchmark/race.sh, then python benchmark/report.py
+# A race to a mean return of 0.95 against what people use today: bash benchmark/learn/race.sh
 # 54 runs, all on one machine, by one runner, one thread each. An arm stops at its budget of steps, whatever it has reached by
 # then; each has the flags under which it is known to learn the task, from its own page or its authors. RecurrentPPO has fewer
 # steps, which take it longer.
-set -euo pipefail
-cd "$(dirname "$0")/.."
-python=${PYTHON:-python}
+WORKERS=${WORKERS:-1}
+source "$(dirname "$0")/grid.sh"
 first=popgym-RepeatFirstEasy-v0 previous=popgym-RepeatPreviousEasy-v0 cartpole=popgym-PositionOnlyCartPoleEasy-v0
 explore="--end-e 0.01" # the goal is a return in training: with the default, one action in twenty is random, and 0.93 the most
 replay="--learning-starts 1000 --batch-size 200 --tau 0.1 --no-anneal-lr"
@@ -24,7 +23,7 @@ for seed in 1 2 3; do
         echo "single_files/$script.py --seed $seed --env-id $previous --total-timesteps 200000 --gamma 0.5"
         echo "single_files/$script.py --seed $seed --env-id $cartpole --total-timesteps 200000 --num-steps 64"
     done
-    echo "benchmark/sb3_recurrent_ppo.py --seed $seed --env-id $first --total-timesteps 60000"
-    echo "benchmark/sb3_recurrent_ppo.py --seed $seed --env-id $previous --total-timesteps 60000 --gamma 0.5"
-    echo "benchmark/sb3_recurrent_ppo.py --seed $seed --env-id $cartpole --total-timesteps 100000 $zoo"
-done | "$python" benchmark/run.py --name race --workers "${WORKERS:-1}" "$@"
+    echo "benchmark/probes/sb3_recurrent_ppo.py --seed $seed --env-id $first --total-timesteps 60000"
+    echo "benchmark/probes/sb3_recurrent_ppo.py --seed $seed --env-id $previous --total-timesteps 60000 --gamma 0.5"
+    echo "benchmark/probes/sb3_recurrent_ppo.py --seed $seed --env-id $cartpole --total-timesteps 100000 $zoo"
+done | grid race "$@"
