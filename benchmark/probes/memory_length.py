@@ -1,7 +1,7 @@
 """How far back a trained Q network looks (value memory length, VML), and how far back its task asks it to (RML).
 
-    python benchmark/memory_length.py runs/RUN runs/OTHER_RUN              # writes benchmark/results/memory_length*
-    python benchmark/memory_length.py runs/RUN --reward-memory-length 2    # a task whose RML is not known here
+    python benchmark/probes/memory_length.py runs/RUN runs/OTHER_RUN              # writes benchmark/results/memory_length
+    python benchmark/probes/memory_length.py runs/RUN --reward-memory-length 2    # a task whose RML is not known here
 
 The sensitivity of an action's value to the observation of age n - i (Morad et al., 2024, eq. 15), and its share:
 
@@ -20,38 +20,37 @@ episode, and plots the sum from the oldest age to the newest over the whole: its
 `share_outside`. In these files `cumulative_share` begins at age 0.
 
 The RML is how many of the newest observations, o_{n-RML+1} ... o_n, predict the reward of a_n as well as all do (eq. 13).
-VML = RML would mean a share of zero from age RML on. memory_length.csv has the curves, memory_length_summary.csv a row per
-model and set of rows: share of the ages below the RML, and of the others; of the oldest one needed (age RML - 1; in
-RepeatFirst o_0); age_90, the first age up to which at least 90 % add up. A greedy return far below the one at the end of
-training says that the script has changed since: weights that still fit may mean something else now.
+VML = RML would mean a share of zero from age RML on. curves.csv has the curves, which benchmark/tools/report.py draws;
+summary.csv has a row per model and set of rows: share of the ages below the RML, and of the others; of the oldest one needed
+(age RML - 1; in RepeatFirst o_0); age_90, the first age up to which at least 90 % add up. A greedy return far below the one at
+the end of training says that the script has changed since: weights that still fit may mean something else now.
 """
 
 import argparse
-import importlib.util
-import io
+import json
 import math
+import sys
 from collections import defaultdict
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import torch
-from tables import write
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "speed"))
 from timing import ROOT, load_script, print_table, set_up, write_csv
 
 
-def load_model(path, script=None):
-    """(the script's module, its arguments as a namespace, the network's weights) of a run's directory or a model file."""
-    path = Path(path)
-    files = sorted(path.glob("*.cleanrl_model")) if path.is_dir() else [path]
-    if len(files) != 1 or not files[0].is_file() or files[0].suffix != ".cleanrl_model":
-        found = f"{len(files)} of them in {str(path)!r}" if path.is_dir() else repr(str(path))
+def load_model(folder, script=None):
+    """(the script's module, its arguments as a namespace, the network's weights) of a run's directory."""
+    path = Path(folder, "model.pt")
+    if not path.is_file():
         remedy = "see `ls runs`, and mind that a run saves its model when training ends"
-        raise ValueError(f"runs: expected a run's directory with one *.cleanrl_model, or such a file, got {found}; {remedy}")
-    content = torch.load(files[0], map_location="cpu", weights_only=True)
+        raise ValueError(f"runs: expected run directories with a model.pt, got {str(folder)!r}; {remedy}")
+    content = torch.load(path, map_location="cpu", weights_only=True)
     script = Path(script or ROOT / "single_files" / f"{content['args']['exp_name']}.py")
     if not script.is_file():
-        raise ValueError(f"--script: expected the script that trained {files[0].name}, got {str(script)!r}; name its path")
+        raise ValueError(f"--script: expected the script that trained {folder}, got {str(script)!r}; name its path")
     module = load_script(script)
     own = vars(module.Args()) | content["args"]  # an argument younger than the model has its default, as with --evaluate
     return module, argparse.Namespace(**own), content["q_network"]
@@ -82,8 +81,7 @@ def play(q_network, envs, seeds):
     episodes = [([], [], []) for _ in seeds]
     while running.any():
         with torch.no_grad():
-            inputs = torch.as_tensor(obs, dtype=torch.float32), torch.as_tensor(begins)
-            q_values, recurrent_state = q_network.step(*inputs, recurrent_state)
+            q_values, recurrent_state = q_network.step(obs, begins, recurrent_state)
         actions, before = q_values.argmax(dim=1).numpy(), np.array(obs, np.float32)
         obs, rewards, terminations, truncations, _ = envs.step(actions + envs.single_action_space.start)
         for i in np.flatnonzero(running):
@@ -158,7 +156,7 @@ def measure(q_network, episodes, count, memory_length):
 def measure_run(path, args, seeds):
     """(rows of the curves, rows of the summary) of one saved model."""
     script, own, weights = load_model(path, args.script)
-    make = script.make_env(own.env_id, script.parse_env_kwargs(own.env_kwargs), own.prev_action)
+    make = script.make_env(own.env_id, own.env_kwargs, own.prev_action)
     envs = gym.vector.SyncVectorEnv([make] * len(seeds), autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
     q_network = script.QNetwork(envs, own)
     try:
@@ -173,7 +171,7 @@ def measure_run(path, args, seeds):
     run = {
         "script": own.exp_name,
         "env_id": own.env_id,
-        "env_kwargs": own.env_kwargs,
+        "env_kwargs": json.dumps(own.env_kwargs, separators=(",", ":")),
         "seed": own.seed,
         "segment_length": getattr(own, "segment_length", ""),  # empty: trained on a tape
         "gamma": own.gamma,
@@ -192,67 +190,20 @@ def measure_run(path, args, seeds):
     return curves, summary
 
 
-def label(row):
-    return row["script"] + (f", segments of {row['segment_length']}" if row["segment_length"] != "" else ", tape")
-
-
-def picture(curves, summary, path):
-    """A column per environment, a row per set of rows n, a colour per script and segment length, a line per model.
-
-    curves: the rows of the curves, a list per model.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    environments = list(dict.fromkeys((row["env_id"], row["env_kwargs"]) for row in summary))
-    places = list(dict.fromkeys(row["at"] for row in summary))
-    colours = {name: f"C{i % 10}" for i, name in enumerate(dict.fromkeys(label(row) for row in summary))}
-    size = (6 * len(environments), 3.2 * len(places))
-    figure, axes = plt.subplots(len(places), len(environments), figsize=size, squeeze=False, layout="constrained")
-    for down, at in enumerate(places):
-        for across, (env_id, env_kwargs) in enumerate(environments):
-            axis, here, named = axes[down, across], (env_id, env_kwargs, at), set()
-            for rows in curves:
-                shares = [row["share"] for row in rows if (row["env_id"], row["env_kwargs"], row["at"]) == here]
-                if shares:
-                    name = label(rows[0])
-                    shares = np.where(np.array(shares) > 0, shares, np.nan)  # a logarithm has no place for zero
-                    axis.plot(shares, color=colours[name], alpha=0.7, lw=1, label=None if name in named else name)
-                    named.add(name)
-            lengths = {row["reward_memory_length"] for row in summary if (row["env_id"], row["env_kwargs"]) == here[:2]}
-            for length in lengths - {"", "episode"}:
-                axis.axvline(length - 0.5, color="black", ls="--", lw=1, label=f"RML = {length}, not needed to the right")
-            title = env_id + ("" if env_kwargs == "{}" else f" {env_kwargs}")
-            title += ", RML: the whole episode" if "episode" in lengths else ""
-            axis.set(title=f"{title}\n{at}", xlabel="age of the observation (steps)", ylabel="share of |dQ / do|")
-            axis.set_yscale("log")
-            axis.grid(alpha=0.3)
-            axis.legend(fontsize="small")
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=110, metadata={"Software": None})
-    plt.close(figure)
-    write(path, out.getvalue())
-
-
 def parse_args():
     out = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    out.add_argument("runs", nargs="+", help="run directories runs/RUN, or *.cleanrl_model files")
+    out.add_argument("runs", nargs="+", help="run directories, runs/RUN")
     out.add_argument("--episodes", type=int, default=20, help="greedy episodes of each model")
     out.add_argument("--rows", type=int, default=10, help="rows n along each episode, a backward pass for each")
     rml = "RML of the tasks, newest observation included (observations); left out, it is known for POPGym's RepeatPrevious "
     out.add_argument("--reward-memory-length", type=int, help=rml + "and RepeatFirst, and other tasks get the curve only")
     out.add_argument("--seed", type=int, default=0, help="seed of the episodes, the same for every model")
     out.add_argument("--script", help="training script of the models; left out, single_files/EXP_NAME.py")
-    out.add_argument("--out", default=str(ROOT / "benchmark" / "results"), help="folder of the CSV files and the picture")
-    out.add_argument("--no-pictures", action="store_true", help="tables only; needs no matplotlib")
+    out.add_argument("--out", default=str(ROOT / "benchmark" / "results" / "memory_length"), help="folder of the CSV files")
     args = out.parse_args()
     for name in ("episodes", "rows", "reward_memory_length"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {value}; raise it")
-    if not args.no_pictures and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError('expected matplotlib, got none; pip install "cleanrl-memoroid[bench]", or add --no-pictures')
     return args
 
 
@@ -264,7 +215,7 @@ if __name__ == "__main__":
     curves, summary = [], []
     for path in args.runs:
         curve, figures = measure_run(path, args, seeds)
-        curves.append(curve)
+        curves += curve
         summary += figures
 
     groups = defaultdict(list)
@@ -272,7 +223,5 @@ if __name__ == "__main__":
         groups[row["env_id"], row["env_kwargs"]].append({k: v for k, v in row.items() if not k.startswith("env_")})
     for (env_id, env_kwargs), rows in groups.items():
         print_table(rows, f"{env_id} {env_kwargs}, {args.episodes} greedy episodes of each model")
-    write_csv("memory_length", where, [row for curve in curves for row in curve], args)
-    write_csv("memory_length_summary", where, summary, args)
-    if not args.no_pictures:
-        picture(curves, summary, Path(args.out) / "memory_length.png")
+    write_csv("curves", where, curves, args)
+    write_csv("summary", where, summary, args)

@@ -1,59 +1,46 @@
-"""Stable-Baselines3's RecurrentPPO on POPGym, as a user of it would run it: the baseline of benchmark/race.sh.
+"""Stable-Baselines3's RecurrentPPO on POPGym, as a user of it would run it: the baseline of benchmark/learn/race.sh.
 
-    python benchmark/sb3_recurrent_ppo.py --env-id popgym-RepeatFirstEasy-v0 --total-timesteps 100000
+    python benchmark/probes/sb3_recurrent_ppo.py --env-id popgym-RepeatFirstEasy-v0 --total-timesteps 100000
 
 Needs `pip install -e '.[bench]'`. Same wrappers, evaluation and TensorBoard tags as the project's scripts, so that
-benchmark/report.py reads both alike. Defaults are the library's own, in eight environments and with minibatches of two of
-them, 256 transitions; benchmark/race.sh has RL Baselines3 Zoo's for the one of its tasks that is also in POPGym.
+benchmark/tools/report.py reads both alike. Defaults are the library's own, in eight environments and with minibatches of two
+of them, 256 transitions; benchmark/learn/race.sh has RL Baselines3 Zoo's for the one of its tasks that is also in POPGym.
 """
 
 import os
+import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from timing import ROOT, load_script
 from torch.utils.tensorboard import SummaryWriter
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "speed"))
+from timing import ROOT, load_script
 
 
 @dataclass
 class Args:
-    exp_name: str = os.path.basename(__file__)[: -len(".py")]
-    """the name of this experiment"""
-    seed: int = 1
-    """seed of the experiment"""
-    env_id: str = "popgym-RepeatFirstEasy-v0"
-    """the id of the environment"""
-    env_kwargs: str = "{}"
-    """arguments for the environment's constructor, as JSON"""
-    total_timesteps: int = 100_000
-    """total timesteps of the experiment, over all environments (steps)"""
-    num_envs: int = 8
-    """the number of parallel environments"""
-    num_steps: int = 128
-    """the number of steps per policy rollout in each environment; the gradient is cut there (steps)"""
-    batch_size: int = 256
-    """the size of a minibatch (transitions)"""
-    update_epochs: int = 10
-    """the number of epochs over a rollout"""
-    learning_rate: float = 3e-4
-    """the learning rate at the start"""
-    clip_coef: float = 0.2
-    """the surrogate clipping coefficient at the start"""
-    anneal: bool = False
-    """if toggled, learning rate and clipping coefficient fall linearly to zero"""
-    gamma: float = 0.99
-    """the discount factor gamma"""
-    gae_lambda: float = 0.95
-    """the lambda for the general advantage estimation"""
-    ent_coef: float = 0.0
-    """coefficient of the entropy"""
-    eval_episodes: int = 100
-    """number of greedy episodes after training (episodes)"""
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]  # the name of this experiment
+    seed: int = 1  # seed of the experiment
+    env_id: str = "popgym-RepeatFirstEasy-v0"  # the id of the environment
+    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # of its constructor: k 10 num_decks 2
+    total_timesteps: int = 100_000  # total timesteps of the experiment, over all environments (steps)
+    num_envs: int = 8  # the number of parallel environments
+    num_steps: int = 128  # the number of steps per policy rollout in each environment; the gradient is cut there (steps)
+    batch_size: int = 256  # the size of a minibatch (transitions)
+    update_epochs: int = 10  # the number of epochs over a rollout
+    learning_rate: float = 3e-4  # the learning rate at the start
+    clip_coef: float = 0.2  # the surrogate clipping coefficient at the start
+    anneal: bool = False  # if toggled, learning rate and clipping coefficient fall linearly to zero
+    gamma: float = 0.99  # the discount factor gamma
+    gae_lambda: float = 0.95  # the lambda for the general advantage estimation
+    ent_coef: float = 0.0  # coefficient of the entropy
+    eval_episodes: int = 100  # number of greedy episodes after training (episodes)
 
 
 class EpisodeReturns:
@@ -108,7 +95,7 @@ if __name__ == "__main__":
 
     torch.set_num_threads(1)
     script = load_script(ROOT / "single_files" / "ppo_sbb_lstm.py")  # for its environments
-    thunk = script.make_env(args.env_id, script.parse_env_kwargs(args.env_kwargs))
+    thunk = script.make_env(args.env_id, args.env_kwargs)
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
     writer = SummaryWriter(Path("runs", run_name))
     writer.add_text("hyperparameters", "|param|value|\n|-|-|\n%s" % "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
@@ -134,5 +121,5 @@ if __name__ == "__main__":
     returns = evaluate(model, envs, args.eval_episodes, args.seed + 1_000_000)
     for index, episodic_return in enumerate(returns):
         writer.add_scalar("eval/episodic_return", episodic_return, model.num_timesteps + index)
-    print(f"evaluation: episodic_return={np.mean(returns):.4f} ({len(returns)} greedy episodes)")
+    print(f"evaluation: episodic_return={np.mean(returns):.4f}, the mean of {len(returns)} greedy episodes")
     writer.close()

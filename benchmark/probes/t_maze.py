@@ -1,6 +1,6 @@
 """The passive T-maze: one cue, a corridor, one choice. Nothing but memory over its whole length can earn the reward.
 
-    PYTHONPATH=benchmark python single_files/ppo_tbb_ffm.py --env-id t_maze:TMaze-v0 --env-kwargs '{"length": 200}'
+    PYTHONPATH=benchmark/probes python single_files/ppo_tbb_ffm.py --env-id t_maze:TMaze-v0 --env-kwargs length 200
 
 The first observation shows whether the goal is up or down. The corridor then moves the agent on, whatever it does, and every
 observation in it is the same. At the junction, `length` steps later, going the right way earns 1, the wrong way -1, and the

@@ -1,6 +1,6 @@
 """Memory of the tape of frames: what 100,000 Atari frames take, counted in arrays and seen from outside the process.
 
-    python benchmark/atari_memory.py                # writes benchmark/results/atari_memory.csv
+    python benchmark/speed/atari_memory.py                # writes atari_memory.csv
 
 The tape of single_files/dqn_tbb_lru_atari_envpool.py is filled from envpool, random actions in 8 games, until every row was
 written and old ones are overwritten. resident is what the process grew by while it was filled, games and all.
@@ -46,8 +46,10 @@ def update_peak(pipe, rows, kept_rows):
     """Sends how many bytes an update on `rows` rows adds at its peak, and how many the script announces for it."""
     import torch
 
+    from cleanrl_memoroid.scan import tune_cpu
+
     script = load_script(SCRIPT)
-    script.tune_cpu()  # freed memory stays with the process, so that the peak counts what is used again once
+    tune_cpu()  # freed memory stays with the process, so that the peak counts what is used again once
     args = script.Args(batch_size=1, max_episode_steps=rows - 33, kept_rows=kept_rows)
     spaces = type("Env", (), {"single_action_space": script.gym.spaces.Discrete(6)})
     q_network = script.QNetwork(spaces, args)

@@ -1,6 +1,6 @@
 """Environment steps per second on Atari: LRU along a tape against an LSTM stepped through time as in CleanRL, one network.
 
-    python benchmark/atari_speed.py                 # one core; writes benchmark/results/atari_speed.csv
+    python benchmark/speed/atari_speed.py                 # one core; writes atari_speed.csv
 
 All have the convolution, width and heads of the script and differ in the memory alone:
 lru             the script's: one scan along the tape
@@ -54,16 +54,17 @@ def memories(torch):
             y, after = self.lstm(obs[None], tuple(before))
             return self.out(y[0]), torch.cat(after).transpose(0, 1)
 
-        def forward(self, obs, begins, starts=None, state=None, rows=None):
-            """DQN: rows of equally long sequences in turn, and no states; PPO: one sequence after the other."""
-            sequences = self.sequences if starts is None else len(starts)
-            obs, begins = obs.unflatten(0, (sequences, -1)), begins.unflatten(0, (sequences, -1))
-            state, found = self.initial_state(sequences) if state is None else state, []
-            for x, b in zip(obs.unbind(1), begins.unbind(1)):
+        def forward(self, first, second):
+            """DQN: the features and begins of equally long sequences; PPO: the sections of a tape, and their features."""
+            ppo = isinstance(first, tuple)
+            obs, begins = (second, first.begins) if ppo else (first, second)
+            sequences = len(first.starts) if ppo else self.sequences
+            state, found = first.state if ppo else self.initial_state(sequences), []
+            for x, b in zip(obs.unflatten(0, (sequences, -1)).unbind(1), begins.unflatten(0, (sequences, -1)).unbind(1)):
                 y, state = self.step(x, b, state)
                 found.append(y)
             y = torch.stack(found, 1).flatten(0, 1)
-            return y if starts is None else (y, state)
+            return (y, state) if ppo else y
 
     class NoMemory(nn.Module):
         def initial_state(self, num_envs):
@@ -72,8 +73,8 @@ def memories(torch):
         def step(self, obs, begins, state):
             return obs, state
 
-        def forward(self, obs, begins, starts=None, state=None, rows=None):
-            return obs if starts is None else (obs, state)
+        def forward(self, first, second):
+            return (second, first.state) if isinstance(first, tuple) else first
 
     return {
         "lru": None,
@@ -88,12 +89,15 @@ def dqn_calls(script, torch, args):
     """{"act NAME" and "train NAME": call}, {NAME: number of parameters}."""
     own = script.Args(hidden_size=args.hidden_size, env_id=args.env_id)
     envs = script.EnvPool(own.env_id, ENVS, np.asarray, stack_num=1)
-    begins = torch.zeros(args.rows, dtype=torch.bool)
-    begins[0] = True
-    frames = torch.randint(0, 256, (args.rows, 1, 84, 84), dtype=torch.uint8)
-    actions = torch.randint(0, envs.single_action_space.n, (args.rows - 1,))
-    transitions, rewards = torch.arange(args.rows - 1), torch.randn(args.rows)
-    tape = script.Tape(frames, begins, actions, rewards, torch.zeros(args.rows, dtype=torch.bool), transitions)
+    row = torch.arange(args.rows)
+    tape = script.Tape(
+        obs=torch.randint(0, 256, (args.rows, 1, 84, 84), dtype=torch.uint8),
+        begins=row == 0,
+        actions=torch.randint(0, envs.single_action_space.n, (args.rows,)),
+        rewards=torch.randn(args.rows),
+        terminations=row < 0,
+        final=row == args.rows - 1,
+    )
     found, sizes = {}, {}
 
     def add(name, make):
@@ -102,25 +106,25 @@ def dqn_calls(script, torch, args):
             for network in networks:
                 network.memory = make(own.hidden_size)
         q_network, target_network = networks
-        optimizer = torch.optim.AdamW(q_network.parameters(), lr=1e-6, weight_decay=0, fused=True)
+        optimizer = torch.optim.Adam(q_network.parameters(), lr=1e-6, fused=True)
         sizes[name] = sum(p.numel() for p in q_network.parameters() if p.requires_grad)
         obs, state = envs.reset(seed=list(range(ENVS)))[0], q_network.memory.initial_state(ENVS)
-        no_begins = torch.zeros(ENVS, dtype=torch.bool)
 
         def act():
             nonlocal obs, state
             with torch.no_grad():
-                q_values, state = q_network.step(torch.as_tensor(obs), no_begins, state)
+                q_values, state = q_network.step(obs, np.zeros(ENVS, bool), state)
             obs, *_ = envs.step(q_values.argmax(dim=1).cpu().numpy())
 
         def train():
-            q_values = q_network(frames, begins)
+            q_values = q_network(tape.obs, tape.begins)
             with torch.no_grad():
-                target = script.td_target(q_values, target_network(frames, begins), tape, 0.99)
-            loss = torch.nn.functional.smooth_l1_loss(q_values[transitions, actions], target)
+                target = script.td_target(q_values, target_network(tape.obs, tape.begins), tape, 0.99)
+            old_val = q_values.gather(1, tape.actions[:, None]).squeeze(1)[~tape.final]
+            loss = torch.nn.functional.smooth_l1_loss(old_val, target)
             optimizer.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(q_network.parameters(), 1.0, foreach=True)
+            torch.nn.utils.clip_grad_norm_(q_network.parameters(), 1.0)
             optimizer.step()
 
         found[f"act {name}"], found[f"train {name}"] = act, train
@@ -133,15 +137,15 @@ def dqn_calls(script, torch, args):
 
 def ppo_calls(script, torch, args):
     """As dqn_calls; a call of "train NAME" is one epoch."""
+    from ppo_update import ppo_loss
+
     own = script.Args(hidden_size=args.hidden_size, env_id=args.env_id)
     envs = script.vector_env([script.make_env(own.env_id, {})] * ENVS)
     rng = np.random.default_rng(0)
     obs = rng.integers(256, size=(STEPS, ENVS, 84, 84), dtype=np.uint8)
     begins = np.zeros((STEPS, ENVS), bool)
     most = envs.single_action_space.n
-    batch = script.Batch(
-        torch.randint(most, (ENVS * STEPS, 1)), -torch.full((ENVS * STEPS,), float(most)).log(), *torch.randn(3, ENVS * STEPS)
-    )
+    batch = -torch.full((ENVS * STEPS,), float(most)).log(), *torch.randn(3, ENVS * STEPS)
     found, sizes = {}, {}
 
     def add(name, make):
@@ -156,24 +160,27 @@ def ppo_calls(script, torch, args):
         carried_tape = script.CarriedTape(obs, state)
         for _ in range(1 + (name == "lru, carried")):
             carried_tape.add(obs, begins)
-        no_begins = torch.zeros(ENVS, dtype=torch.bool)
+        no_begins = np.zeros(ENVS, bool)
+        policy, _, _ = agent.step(next_obs, no_begins, state)
+        b_actions = torch.randint(most, (ENVS * STEPS, *policy.shape[1:-1]))
 
         def act():
             nonlocal next_obs, state
             with torch.no_grad():
-                policy, _, state = agent.step(torch.as_tensor(next_obs), no_begins, state)
-                actions = policy.sample()
-                policy.log_prob(actions)
+                policy, _, state = agent.step(next_obs, no_begins, state)
+                actions = (policy + torch.from_numpy(rng.gumbel(size=policy.shape).astype(np.float32))).argmax(-1)
+                script.log_prob(policy, actions)
             next_obs, *_ = envs.step(script.env_actions(envs, actions))
 
         def train():
             for mb_envs in np.arange(ENVS).reshape(MINIBATCHES, -1):
                 policy, value, _ = agent(carried_tape.sections(mb_envs, STEPS))
                 mb_inds = torch.from_numpy((mb_envs[:, None] * STEPS + np.arange(STEPS)).flatten())
-                loss, _ = script.ppo_loss(policy, value, script.Batch(*(rows[mb_inds] for rows in batch)), own)
+                newlogprob, entropy = script.log_prob(policy, b_actions[mb_inds]), -(policy.exp() * policy).flatten(1).sum(1)
+                loss = ppo_loss(newlogprob, entropy, value, [rows[mb_inds] for rows in batch], own)
                 optimizer.zero_grad()
                 loss.backward()
-                torch.nn.utils.clip_grad_norm_(agent.parameters(), own.max_grad_norm, foreach=True)
+                torch.nn.utils.clip_grad_norm_(agent.parameters(), own.max_grad_norm)
                 optimizer.step()
 
         found[f"act {name}"], found[f"train {name}"] = act, train

@@ -1,7 +1,7 @@
 """Environment steps per second of single_files/dqn_tbb_ffm.py, acting but not learning, and what limits them.
 
-    python benchmark/collect.py                     # two cores; writes benchmark/results/collect.csv
-    python benchmark/collect.py --threads 1 --env-id CartPole-v1
+    python benchmark/speed/collect.py                     # two cores; writes collect.csv
+    python benchmark/speed/collect.py --threads 1 --env-id CartPole-v1
 
 The script runs as it is, with --learning-starts beyond its last step, and reports its own time. Its parts are then timed by
 themselves, in turn with it:
@@ -44,7 +44,7 @@ def run_script(args, options, threads):
         "checkpoint-interval": 0,
         **options,
     }
-    command = [sys.executable, args.script, "--no-save-model", *(f"--{name}={value}" for name, value in flags.items())]
+    command = [sys.executable, args.script, *(f"--{name}={value}" for name, value in flags.items())]
     environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     with tempfile.TemporaryDirectory() as folder:  # for its runs/
@@ -81,11 +81,7 @@ def stepper(env, actions):
 def parts(script, options):
     """{part: (call, environment steps that it makes)}."""
     own = script.Args(**{name.replace("-", "_"): value for name, value in options.items()})
-    make, rng, device = (
-        script.make_env(own.env_id, script.parse_env_kwargs(own.env_kwargs), own.prev_action),
-        np.random.default_rng(0),
-        "cpu",
-    )
+    make, rng = script.make_env(own.env_id, own.env_kwargs, own.prev_action), np.random.default_rng(0)
     envs = gym.vector.SyncVectorEnv([make] * own.num_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
     obs, _ = envs.reset(seed=0)
     begins, count = np.ones(own.num_envs, bool), envs.single_action_space.n
@@ -102,8 +98,7 @@ def parts(script, options):
     def act():
         nonlocal state
         with torch.no_grad():
-            inputs = torch.as_tensor(obs, dtype=torch.float32, device=device), torch.as_tensor(begins, device=device)
-            q_values, state = q_network.step(*inputs, state)
+            q_values, state = q_network.step(obs, begins, state)
         random_actions = rng.integers(count, size=own.num_envs)
         return np.where(rng.random(own.num_envs) < 0.5, random_actions, q_values.argmax(dim=1).cpu().numpy())
 

@@ -11,7 +11,7 @@ Without `grad` a callable returns the scan's outputs; with it also the gradients
 has h's shape: the forward and the backward pass, both with materialised results, as in torch's `h.backward(w.conj())`.
 JAX's gradient of a complex array is the conjugate of torch's. All arrays are float32 or complex64; time comes first.
 
-    python benchmark/jax_baselines.py --T 1024      check every baseline against a float64 loop, then print times
+    python benchmark/speed/jax_baselines.py --T 1024      check every baseline against a float64 loop, then print times
 
 XLA takes every core. For one core: `taskset -c 0`, with
 XLA_FLAGS="--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1".

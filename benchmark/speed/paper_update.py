@@ -7,7 +7,7 @@ DQN loss with three passes over the tape (Q of obs; Q and target Q of next_obs),
 its warm-up schedule, and the Polyak step of the target network.
 
     git clone https://github.com/proroklab/memory-monoids && git -C memory-monoids checkout fbdda1f
-    python benchmark/paper_update.py --repo memory-monoids --memory ffm --rows 1000
+    python benchmark/speed/paper_update.py --repo memory-monoids --memory ffm --rows 1000
 
 XLA takes every core. For one core: `taskset -c 0`, with
 XLA_FLAGS="--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1".

@@ -1,7 +1,7 @@
 """Times the training part of the PPO scripts on a rollout, beside the LSTM of CleanRL's ppo_atari_lstm.py.
 
-    python benchmark/ppo_update.py                             # one core, minutes; writes benchmark/results/ppo_update.csv
-    python benchmark/ppo_update.py --steps 128 --profile       # also where the time goes, by torch.profiler
+    python benchmark/speed/ppo_update.py                             # one core, minutes; writes ppo_update.csv
+    python benchmark/speed/ppo_update.py --steps 128 --profile       # also where the time goes, by torch.profiler
 
 A rollout is --steps of 16 environments with a begin in one row of 50, and no prefix. What is timed is one epoch of training on
 it, cut by environments into --minibatches, 4 as in the scripts and in CleanRL's, or one. For each: gather its rows, forward,
@@ -13,12 +13,11 @@ LSTM step by step            the loop of CleanRL's script: nn.LSTM is called onc
 LSTM fused, without resets   nn.LSTM is called once for all steps: memory leaks from episode to episode, so it cannot replace
                              the loop; it shows what is left to win
 LSTM step by step, untuned   the loop in a process of its own without tune_cpu, as CleanRL's users run it
-The LSTMs have the baseline's encoder, weights and loss. The baseline has its own heads, the others those of CleanRL's script:
-one product for the actor, one for the critic, torch.distributions. All update with fused Adam and, but for the last, under
-tune_cpu. `vs_lstm_loop` and `vs_lstm_fused` say how many times faster than the first of the two loops a contender is, and
-than the fused LSTM, in the same run; medians are over several --builds of each contender, since two of one differ by a
-hundredth. Bars, at any length: FFM at least 5 times faster than the loop and no slower than fused, LRU 3 times faster than
-the loop.
+The LSTMs have the baseline's encoder, weights, heads and loss; the two of CleanRL's kind take log-probabilities and entropies
+from torch.distributions, as its script does. All update with fused Adam and, but for the last, under tune_cpu. `vs_lstm_loop`
+and `vs_lstm_fused` say how many times faster than the first of the two loops a contender is, and than the fused LSTM, in the
+same run; medians are over several --builds of each contender, since two of one differ by a hundredth. Bars, at any length: FFM
+at least 5 times faster than the loop and no slower than fused, LRU 3 times faster than the loop.
 """
 
 import argparse
@@ -88,15 +87,6 @@ def fused(lstm, x, begins):
     return lstm(x)[0]
 
 
-def cleanrl_heads(agent):
-    """Gives the baseline's Agent two heads with the same weights, in place of its one."""
-    weight, bias = agent.actor_critic.weight.detach(), agent.actor_critic.bias.detach()
-    agent.actor, agent.critic = nn.Linear(weight.shape[1], len(weight) - 1), nn.Linear(weight.shape[1], 1)
-    for head, rows in (agent.actor, slice(None, -1)), (agent.critic, slice(-1, None)):
-        head.load_state_dict({"weight": weight[rows], "bias": bias[rows]})
-    del agent.actor_critic
-
-
 def time_major(agent, memory, obs, begins):
     """Policy and value of a rollout, row after row as CleanRL flattens it. [S, N, O], [S, N] -> [S * N]"""
     x = agent.encoder(obs.flatten(0, 1)).unflatten(0, begins.shape)
@@ -112,6 +102,26 @@ def rollout(steps, envs=ENVS, seed=0):
     return rng.standard_normal((steps, envs, OBS_SIZE)).astype(np.float32), begins
 
 
+def ppo_loss(newlogprob, entropy, newvalue, rows, args):
+    """The loss of a minibatch, as the loop over minibatches of single_files/ppo_tbb_ffm.py has it, without logging.
+
+    rows: log-probabilities, values, advantages and returns of the rollout; all [B].
+    """
+    mb_logprobs, mb_values, mb_advantages, mb_returns = rows
+    logratio = newlogprob - mb_logprobs
+    ratio = logratio.exp()
+    with torch.no_grad():
+        (-logratio).mean(), ((ratio - 1) - logratio).mean()
+        ((ratio - 1.0).abs() > args.clip_coef).float().mean().item()
+    mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
+    pg_loss1 = -mb_advantages * ratio
+    pg_loss2 = -mb_advantages * torch.clamp(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
+    pg_loss = torch.max(pg_loss1, pg_loss2).mean()
+    v_clipped = mb_values + torch.clamp(newvalue - mb_values, -args.clip_coef, args.clip_coef)
+    v_loss = 0.5 * torch.max((newvalue - mb_returns) ** 2, (v_clipped - mb_returns) ** 2).mean()
+    return pg_loss - args.ent_coef * entropy.mean() + v_loss * args.vf_coef
+
+
 def contender(name, obs, begins, hidden_size=256, minibatches=1):
     """(epoch, forward, agent): `epoch` trains on a rollout once, as a script's loop does; `forward` is one pass over it."""
     script_name = "ppo_sbb_lstm" if name in (LOOP, FUSED) else name
@@ -120,8 +130,6 @@ def contender(name, obs, begins, hidden_size=256, minibatches=1):
     (steps, num_envs), spaces = begins.shape, (gym.spaces.Box(-np.inf, np.inf, (OBS_SIZE,)), gym.spaces.Discrete(ACTIONS))
     torch.manual_seed(0)
     agent = script.Agent(SimpleNamespace(single_observation_space=spaces[0], single_action_space=spaces[1]), args)
-    if name in (LOOP, FUSED):
-        cleanrl_heads(agent)
     # a rate of 0 does the same work, and thousands of updates with one rollout stay where they are
     parameters = list(agent.parameters())
     optimizer = torch.optim.Adam(parameters, lr=0.0, fused=True)
@@ -132,10 +140,9 @@ def contender(name, obs, begins, hidden_size=256, minibatches=1):
     # of every environment in turn, [N * S], as the scripts flatten the batch; the same for every contender
     draws = torch.Generator().manual_seed(0)
     b_actions = torch.randint(ACTIONS, (num_envs * steps, 1), generator=draws)
-    b_actions = b_actions.squeeze(-1) if name in (LOOP, FUSED) else b_actions
     b_logprobs = torch.full((num_envs * steps,), -np.log(ACTIONS), dtype=torch.float32)
     b_values, b_advantages = torch.randn(2, num_envs * steps, generator=draws)
-    b_returns = b_advantages + b_values
+    batch = b_logprobs, b_values, b_advantages, b_advantages + b_values
 
     def forward(mb_envs=all_envs):
         """Policy and value of a minibatch, and the places of its rows in the batch."""
@@ -146,30 +153,17 @@ def contender(name, obs, begins, hidden_size=256, minibatches=1):
             return *found, torch.from_numpy(places.T.flatten())
         return *agent(carried_tape.sections(mb_envs, steps))[:2], torch.from_numpy(places.flatten())
 
-    def update(mb_envs):  # the script's training block, without logging
+    def update(mb_envs):
         policy, newvalue, mb_inds = forward(mb_envs)
-        newlogprob, entropy = policy.log_prob(b_actions[mb_inds]), policy.entropy()
-        logratio = newlogprob - b_logprobs[mb_inds]
-        ratio = logratio.exp()
-        with torch.no_grad():
-            (-logratio).mean(), ((ratio - 1) - logratio).mean()
-            ((ratio - 1.0).abs() > args.clip_coef).float().mean().item()
-        mb_advantages = b_advantages[mb_inds]
-        mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
-        pg_loss1 = -mb_advantages * ratio
-        pg_loss2 = -mb_advantages * torch.clamp(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
-        pg_loss = torch.max(pg_loss1, pg_loss2).mean()
-        v_loss = (newvalue - b_returns[mb_inds]) ** 2
-        v_change = torch.clamp(newvalue - b_values[mb_inds], -args.clip_coef, args.clip_coef)
-        v_loss = torch.max(v_loss, (b_values[mb_inds] + v_change - b_returns[mb_inds]) ** 2)
-        v_loss = 0.5 * v_loss.mean()
-        loss = pg_loss - args.ent_coef * entropy.mean() + v_loss * args.vf_coef
+        if name in (LOOP, FUSED):
+            newlogprob, entropy = policy.log_prob(b_actions[mb_inds].squeeze(-1)), policy.entropy()
+        else:  # log-probabilities of the choices, [B, D, choices]
+            newlogprob, entropy = script.log_prob(policy, b_actions[mb_inds]), -(policy.exp() * policy).sum((-2, -1))
+        loss = ppo_loss(newlogprob, entropy, newvalue, [rows[mb_inds] for rows in batch], args)
         optimizer.zero_grad()
         loss.backward()
         with torch.profiler.record_function("clip"):
-            grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm, foreach=True)
-        if not torch.isfinite(loss + grad_norm):
-            raise FloatingPointError(f"loss {loss:.3g}, gradient norm {grad_norm:.3g}")
+            nn.utils.clip_grad_norm_(parameters, args.max_grad_norm, error_if_nonfinite=True)
         optimizer.step()
         return loss.item()
 

@@ -1,8 +1,8 @@
 """Times and checks the scans, h[t] = x[t] + decay * (0 if begins[t] else h[t-1]), over T rows of 256 complex channels.
 
-    python benchmark/scan.py                              # one core; writes benchmark/results/scan.csv
-    python benchmark/scan.py --lengths 1024 16384         # fewer tape lengths
-    python benchmark/scan.py --device cuda                # writes scan_cuda.csv
+    python benchmark/speed/scan.py                              # one core; writes scan.csv
+    python benchmark/speed/scan.py --lengths 1024 16384         # fewer tape lengths
+    python benchmark/speed/scan.py --device cuda                # writes scan_cuda.csv
 
 Three parts, each with bars that are printed at the end:
 1. Speed, one decay per channel, an episode begins every 200 rows on average. "copy" moves the same bytes between arrays of the

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # a checkout runs without being installed
 WITHOUT_JAX = 'rows of jax are left out; to have them: pip install "cleanrl-memoroid[bench]"'
 
@@ -29,7 +29,8 @@ def parser(description, threads=1, rounds=15, seconds=3.0):
     )
     clock = "count this process's processor time, not time on the wall: leaves out what others had of a shared core"
     out.add_argument("--cpu-time", action="store_true", help=f"{clock}; with one thread only")
-    out.add_argument("--out", default=str(ROOT / "benchmark" / "results"), help="folder of the CSV file")
+    results = ROOT / "benchmark" / "results" / "machines" / "mine"
+    out.add_argument("--out", default=str(results), help="folder of the CSV file, named after the machine")
     return out
 
 
@@ -198,7 +199,7 @@ def print_bars(bars):
 
 
 def write_csv(name, where, rows, args):
-    """results/name.csv; a comment line says where it ran. Written under another name first: a reader finds it whole."""
+    """name.csv in --out; a comment line says where it ran. Written under another name first: a reader finds it whole."""
     path = Path(args.out) / f"{name}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     names = list(dict.fromkeys(key for row in rows for key in row))

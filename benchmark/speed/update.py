@@ -1,20 +1,20 @@
 """Times one update of the DQN scripts at the paper's sizes, and what it is made of.
 
-    python benchmark/update.py                              # every script, one core; writes benchmark/results/update.csv
-    python benchmark/update.py --paper memory-monoids       # beside the paper's jitted updates: paper_update.py says how
-    python benchmark/update.py --only dqn_tbb_ffm --rows 1000 --profile       # PyTorch's own account of the time
+    python benchmark/speed/update.py                              # every script, one core; writes update.csv
+    python benchmark/speed/update.py --paper memory-monoids       # beside the paper's jitted updates: paper_update.py says how
+    python benchmark/speed/update.py --only dqn_tbb_ffm --rows 1000 --profile       # PyTorch's own account of the time
 
 The networks: 8 observations, 4 actions, layers of 256 units, and the memories of the paper's experiments (SIZES below). The
 tape: --rows transitions in episodes of about 100 steps; for segments, as many rows in segments of --segment-length. Beside the
 whole update, its parts run alone, on the shapes and the very tensors that one update gave them, in the same run:
 matrix products   every one of them, forward (online and target) and backward
 scan              linear_scan, forward twice and backward once; linear attention scans only between its chunks
-optimiser         clipping, AdamW, the target network's step
+optimiser         clipping, Adam, the target network's step
 rest              what the parts leave of the update: elementwise work, losses, and what autograd and Python cost
 sampling          drawing the tape from a full buffer, which is no part of the update
 `waste` is the share of the rows that carry no loss: padding, and the rows of final observations.
 
-Then, into benchmark/results/update_scan.csv: for linear attention at 64 x 64, attention alone against the paper's scan; and
+Then, into update_scan.csv: for linear attention at 64 x 64, attention alone against the paper's scan; and
 for tape against segments, a scan of T rows against one of L rows of T / L segments side by side, whose tree is log L deep
 instead of log T. `--rows` without a number times only these.
 """
@@ -63,8 +63,8 @@ def parse_args():
 def filled_buffer(script, rng, args, capacity=100_000):
     segments = hasattr(args, "segment_length")
     buffer = script.SegmentBuffer if segments else script.TapeBuffer
-    buffer = buffer(capacity, OBS_SIZE, *((args.segment_length, args.burn_in) if segments else ()))
-    while buffer.oldest == 0:  # until the first episode is overwritten
+    buffer = buffer(capacity, *((args.segment_length, args.burn_in) if segments else ()))
+    while buffer.rows < capacity - 2 * EPISODE:
         steps = int(rng.integers(0.8 * EPISODE, 1.2 * EPISODE))
         obs, rewards = rng.standard_normal((steps + 1, OBS_SIZE)), rng.standard_normal(steps)
         buffer.add(obs, rng.integers(ACTIONS, size=steps), rewards, bool(rng.random() < 0.5))
@@ -103,30 +103,28 @@ def contenders(script, rows, sizes):
     q_network, target_network = script.QNetwork(envs, args), script.QNetwork(envs, args)
     target_network.load_state_dict(q_network.state_dict())
     # a rate of 0 does the same work and lets thousands of updates of one tape, and of the optimiser alone, stay where they are
-    optimizer = torch.optim.AdamW(q_network.parameters(), lr=0.0, weight_decay=0, fused=True)
+    optimizer = torch.optim.Adam(q_network.parameters(), lr=0.0, fused=True)
     buffer = filled_buffer(script, rng, args)
     # the last episode is drawn whole: of many tapes the one that overshoots least, as the paper's code cuts it
-    tape = min((buffer.sample(rows, rng) for _ in range(100)), key=lambda tape: len(tape.transitions))
+    tape = min((buffer.sample(rows, rng) for _ in range(100)), key=lambda tape: (~tape.final).sum())
 
     def clip():
-        return nn.utils.clip_grad_norm_(q_network.parameters(), args.max_grad_norm, foreach=True)
+        nn.utils.clip_grad_norm_(q_network.parameters(), args.max_grad_norm, error_if_nonfinite=True)
 
     def step():
         optimizer.step()
         for target_network_param, q_network_param in zip(target_network.parameters(), q_network.parameters()):
             target_network_param.data.lerp_(q_network_param.data, args.tau)
 
-    def update():  # the script's training block, without sampling and logging
+    def update():  # what stands under "ALGO LOGIC: training." in the script, without sampling and logging
         q_values = q_network(tape.obs, tape.begins)
         with torch.no_grad():
             target = script.td_target(q_values, target_network(tape.obs, tape.begins), tape, args.gamma)
-        old_val = q_values[tape.transitions, tape.actions[tape.transitions]]
+        old_val = q_values.gather(1, tape.actions[:, None]).squeeze(1)[~tape.final]
         loss = F.smooth_l1_loss(old_val, target)
         optimizer.zero_grad()
         loss.backward()
-        grad_norm = clip()
-        if not torch.isfinite(loss + grad_norm):
-            raise FloatingPointError(f"loss {loss:.3g}, gradient norm {grad_norm:.3g}")
+        clip()
         step()
 
     update()  # leaves gradients for the optimiser alone
@@ -162,7 +160,7 @@ def time_script(name, rows, segment_length, args):
         calls["jax paper"] = OwnProcess("paper_update", "paper_update", args.paper, PAPER[memory], **paper)
     times, found = interleave(calls, args), []
     where = {"script": name, "L": segment_length or "", "rows": rows, "T": len(tape.obs)}
-    where |= {"waste": 1 - len(tape.transitions) / len(tape.obs)}
+    where |= {"waste": float(tape.final.float().mean())}
     for part, values in times.items():
         found.append(where | {"what": part, "median_ms": float(np.median(values)), "min_ms": float(values.min())})
         if part in ("update", "scan", "optimiser", "jax paper"):
