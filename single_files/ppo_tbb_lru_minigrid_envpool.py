@@ -1,220 +1,123 @@
 # docs: docs/ppo_envpool.md
-# Variant of single_files/ppo_tbb_lru.py. Changed: Args.env_id, Args.env_kwargs (were Args.prev_action),
-#   Args.total_timesteps, Args.num_steps, Args.gae_lambda, Args.norm_reward, Args.ent_coef, make_env, vector_env, EnvPool,
-#   minigrid_view, check_spaces, OneHot, Agent.__init__, env_fns in __main__, eval_fns in __main__, obs in __main__
 # Memory and tape: Morad et al. (2024), "Recurrent Reinforcement Learning with Memoroids", https://arxiv.org/abs/2402.09900
 # LRU: Orvieto et al. (2023), "Resurrecting Recurrent Neural Networks for Long Sequences", https://arxiv.org/abs/2303.06349
 # envpool: Weng et al. (2022), "EnvPool: A Highly Parallel RL Environment Execution Engine", https://arxiv.org/abs/2206.10558
 """PPO with Linear Recurrent Units (LRU) on MiniGrid's memory tasks through envpool, which runs all games in one call.
 
-    pip install -e '.[envpool]'                                                          # once
     python single_files/ppo_tbb_lru_minigrid_envpool.py                                # solves MemoryS7 on a CPU
     python single_files/ppo_tbb_lru_minigrid_envpool.py --env-id MiniGrid-MemoryS9-v0  # any MiniGrid-* that envpool has
-    python single_files/ppo_tbb_lru_minigrid_envpool.py --evaluate runs/RUN            # greedy episodes with the trained model
+    python single_files/ppo_tbb_lru_minigrid_envpool.py --resume runs/RUN              # continue a run, with new games
+    python single_files/ppo_tbb_lru_minigrid_envpool.py --evaluate runs/RUN            # greedy games with the trained model
 
-This file is all there is: copy it into your project and edit it. Only the import of `linear_scan` is shared, and optional.
+Needs `pip install 'cleanrl-memoroid[envpool]'`. --resume restores weights, optimiser, random numbers; games begin anew.
+Copy this file into your project and edit it: the import from cleanrl_memoroid is optional and only makes it faster.
 Shapes: S steps of a rollout, N environments, E of them in a minibatch, T rows of a tape, B of them with a loss; O observation,
-D parts of an action, H width, P complex numbers of a layer; time comes first. Does not include: missions, videos, pixels.
+A actions, H width, P complex numbers of a layer; time comes first. Does not include: missions, videos, pixels.
 """
 
-import ctypes
-import json
 import os
 import sys
 import time
 from collections import deque
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
-import cloudpickle
 import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import torch.optim as optim
 import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-try:  # at the speed of memory; without it, this file's own blelloch_scan computes the same
-    from cleanrl_memoroid.scan import linear_scan
-except ImportError:
-    linear_scan = None
+try:
+    from cleanrl_memoroid.scan import linear_scan, tune_cpu
+except ImportError:  # this file's own associative_scan then computes the same, more slowly
+    linear_scan, tune_cpu = None, lambda: None
 
 
 @dataclass
 class Args:
-    exp_name: str = os.path.basename(__file__)[: -len(".py")]
-    """the name of this experiment"""
-    seed: int = 1
-    """seed of the experiment; on a CPU, equal seeds give equal runs"""
-    torch_deterministic: bool = True
-    """if toggled, cuDNN uses deterministic algorithms"""
-    cuda: bool = False
-    """if toggled, train on the CUDA device (networks this small are as fast on a CPU)"""
-    torch_threads: int = 1
-    """CPU threads of PyTorch; more pay for large networks on idle cores, and cost dearly on shared ones"""
-    tune_cpu: bool = True
-    """if toggled, set the two process-wide switches explained at `tune_cpu` below"""
-    track: bool = False
-    """if toggled, this experiment is also logged to Weights and Biases (WANDB_MODE=offline needs no account)"""
-    wandb_project_name: str = "cleanrl-memoroid"
-    """the project name in Weights and Biases"""
-    wandb_entity: str | None = None
-    """the entity (team) in Weights and Biases"""
-    capture_video: bool = False
-    """if toggled, record the greedy episodes of an evaluation in `videos/{run_name}`, where the environment renders"""
-    save_model: bool = True
-    """if toggled, save the trained model in `runs/{run_name}`, and evaluate it"""
-    eval_episodes: int = 100
-    """number of greedy episodes after training and with --evaluate (episodes)"""
-    checkpoint_interval: int = 50_000
-    """environment steps between checkpoints, from which --resume continues; 0 writes none (steps)"""
-    resume: str | None = None
-    """run directory, `runs/...`: continue that run exactly, under its own flags"""
-    evaluate: str | None = None
-    """run directory or model file: run greedy episodes and exit"""
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]  # the name of this experiment
+    seed: int = 1  # seed of the experiment; on a CPU, equal seeds give equal runs, until one is resumed
+    cuda: bool = False  # if toggled, train on the CUDA device (networks this small are as fast on a CPU)
+    track: bool = False  # if toggled, also log to Weights and Biases (WANDB_MODE=offline needs no account)
+    wandb_project_name: str = "cleanrl-memoroid"  # the project name in Weights and Biases (the team: WANDB_ENTITY)
+    eval_episodes: int = 100  # number of greedy games after training and with --evaluate; 0: none (games)
+    checkpoint_interval: int = 50_000  # environment steps between checkpoints, for --resume; 0: none (steps)
+    resume: str | None = None  # run directory, `runs/...`: continue that run, under its own flags unless given again
+    evaluate: str | None = None  # run directory: play greedy games with its trained model, and exit
 
     # Algorithm specific arguments
-    env_id: str = "MiniGrid-MemoryS7-v0"
-    """the id of the environment: MiniGrid-* of envpool; missions are not read, as the memory tasks have but one"""
-    env_kwargs: str = '{"action_max": 2}'
-    """options of envpool, as JSON; action_max 2 leaves turning and walking of the seven actions, all that the tasks need"""
-    total_timesteps: int = 500_000
-    """total timesteps of the experiment, over all environments (steps)"""
-    learning_rate: float = 1e-3
-    """the learning rate of the optimizer at the start"""
-    num_envs: int = 64
-    """the number of parallel environments"""
-    num_steps: int = 64
-    """the number of steps S to run in each environment per policy rollout (steps)"""
-    anneal_lr: bool = True
-    """if toggled, the learning rate falls linearly to zero"""
-    gamma: float = 0.99
-    """the discount factor gamma"""
-    gae_lambda: float = 0.99
-    """the lambda for the general advantage estimation"""
-    num_minibatches: int = 4
-    """the number of minibatches; TBB: each of whole environments, whose steps stay in order"""
-    update_epochs: int = 4
-    """the K epochs to update the policy"""
-    norm_reward: bool = False
-    """if toggled, learn from rewards in units of the discounted return's standard deviation so far; logs are in theirs"""
-    norm_adv: bool = True
-    """if toggled, advantages are normalised over each minibatch"""
-    clip_coef: float = 0.2
-    """the surrogate clipping coefficient"""
-    clip_vloss: bool = True
-    """if toggled, the value's loss is clipped, too, as in the paper"""
-    ent_coef: float = 0.03
-    """coefficient of the entropy"""
-    vf_coef: float = 0.5
-    """coefficient of the value function"""
-    max_grad_norm: float = 0.5
-    """the maximum norm of the gradient"""
-    target_kl: float | None = None
-    """once an epoch ends with a larger KL divergence from the rollout's policy, the remaining epochs are left out"""
-    truncation_is_terminal: bool = False
-    """if toggled, a time limit ends the return as termination does; published POPGym numbers are under this reading"""
+    env_id: str = "MiniGrid-MemoryS7-v0"  # MiniGrid-* of envpool; missions are not read, as the memory tasks have but one
+    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # of envpool.make: max_episode_steps 100
+    total_timesteps: int = 500_000  # total timesteps of the experiment, over all environments (steps)
+    learning_rate: float = 1e-3  # the learning rate of the optimizer at the start
+    num_envs: int = 64  # the number of parallel environments
+    num_steps: int = 64  # the number of steps S to run in each environment per policy rollout (steps)
+    anneal_lr: bool = True  # if toggled, the learning rate falls linearly to zero
+    gamma: float = 0.99  # the discount factor gamma
+    gae_lambda: float = 0.99  # the lambda for the general advantage estimation
+    num_minibatches: int = 4  # the number of minibatches; TBB: each of whole environments, whose steps stay in order
+    update_epochs: int = 4  # the K epochs to update the policy
+    norm_reward: bool = False  # if toggled, divide rewards by the standard deviation of the discounted return so far
+    norm_adv: bool = True  # if toggled, advantages are normalised over each minibatch
+    clip_coef: float = 0.2  # the surrogate clipping coefficient
+    clip_vloss: bool = True  # if toggled, the value's loss is clipped, too, as in the paper
+    ent_coef: float = 0.03  # coefficient of the entropy
+    vf_coef: float = 0.5  # coefficient of the value function
+    max_grad_norm: float = 0.5  # the maximum norm of the gradient
+    target_kl: float | None = None  # after an epoch with a larger KL divergence from the rollout's policy, stop updating
+    truncation_is_terminal: bool = False  # if toggled, a time limit ends the return as termination does
 
     # Memory specific arguments
-    max_prefix: int = 4096
-    """TBB: earlier rows of a running episode that are on the tape, at most; of what lies before, only its state is (rows)"""
-    hidden_size: int = 128
-    """width H of every layer (units)"""
-    state_size: int = 64
-    """complex numbers P in the memory of each layer (channels)"""
-    num_layers: int = 2
-    """layers of the memory, one above the other"""
-    r_min: float = 0.9
-    """the sizes of lambda begin between this and r_max: close to one, memory lasts long"""
-    r_max: float = 0.999
-    """see r_min"""
-
-    # to be filled in runtime
-    batch_size: int = 0
-    """the transitions of a rollout, num_envs * num_steps (computed in runtime)"""
-    minibatch_size: int = 0
-    """the transitions with a loss in a minibatch, batch_size / num_minibatches (computed in runtime)"""
-    num_iterations: int = 0
-    """the number of rollouts (computed in runtime)"""
+    max_prefix: int = 4096  # TBB: the last so many rows of a running episode stay on the tape; 0: its state alone (rows)
+    hidden_size: int = 128  # width H of every layer (units)
+    state_size: int = 64  # complex numbers P in the memory of each layer (channels)
+    num_layers: int = 2  # layers of the memory, one above the other
+    r_min: float = 0.9  # the sizes of lambda begin between this and r_max: close to one, memory lasts long
+    r_max: float = 0.999  # see r_min
 
 
-def make_env(env_id, env_kwargs, video_folder=None):
-    """A function that makes games of one kind, as many as it is told: envpool makes, steps and resets all of them together."""
-    if video_folder:
-        raise ValueError("--capture-video: expected no such flag, envpool's games are not recorded here; drop it")
-    if not env_id.startswith("MiniGrid-"):
-        remedy = "use ppo_tbb_lru.py with an environment of Gymnasium, or a view and an encoder of your own"
-        raise ValueError(f"--env-id {env_id}: expected MiniGrid-*, whose symbols OneHot knows; {remedy}")
-
-    def thunk(num_envs):
-        options = {"num_threads": 1} | env_kwargs  # a second thread costs more than it brings
-        return EnvPool(env_id, num_envs, minigrid_view, **options)
-
-    return thunk
-
-
-def vector_env(env_fns):
-    """TBB: in the step that ends an episode, next_obs is the first one of the next episode already; infos has the final."""
-    return env_fns[0](len(env_fns))
-
-
+# Copied from single_files/ppo_tbb_lru_atari_envpool.py: EnvPool
 class EnvPool:
     """Games of envpool behind the interface of Gymnasium's vector environments, which reset in the same step.
 
     envpool itself resets one step late: it answers the action that follows an episode's end, whatever it is, with the next
-    episode's first observation. On a tape that row would be a transition that never was. Here the games that have ended are
-    sent on at once, by themselves, so that no such row comes about.
-
-    Args:
-        env_id, options: as for envpool.make.
-        num_envs: the number of games N.
-        view: what the network sees of envpool's observations, as one array [N, ...].
+    episode's first observation. On a tape that row would be a transition that never was. So the games that have ended take
+    that step at once, by themselves. `view` turns envpool's observations into one array [N, ...], which the network sees.
     """
 
-    metadata = {"render_modes": ()}
-
-    def __init__(self, env_id, num_envs, view, **options):
+    def __init__(self, env_id, num_envs, view, options):
         try:
             import envpool
-        except ImportError:
-            raise ImportError("expected envpool, which is not installed; pip install 'envpool>=1.2'") from None
-        if env_id not in (games := envpool.list_all_envs()):
-            near = ", ".join(sorted(games, key=lambda game: -len(os.path.commonprefix([game, env_id])))[:5])
-            raise ValueError(f"--env-id: expected a game of envpool, got {env_id!r}; the nearest are {near}")
-        if unknown := options.keys() - set(envpool.make_spec(env_id).config._fields):
-            names = ", ".join(sorted(unknown))
-            remedy = f"its own: envpool.make_spec('{env_id}').config"
-            raise ValueError(f"--env-id {env_id}, --env-kwargs: expected options that this game has, got {names}; {remedy}")
+
+            spec = envpool.make_spec(env_id, **options)
+        except (ImportError, KeyError, TypeError) as error:
+            remedy = "pip install 'envpool>=1.2', or see its list_all_envs() and make_spec(NAME).config"
+            raise ValueError(f"--env-id {env_id}, --env-kwargs {options}: envpool raised {error!r}; {remedy}") from error
         self.make = lambda seeds: envpool.make_gymnasium(env_id, num_envs=num_envs, seed=seeds, **options)
-        spec, batch_space = envpool.make_spec(env_id, **options), gym.vector.utils.batch_space
-        obs = view(batch_space(spec.gymnasium_observation_space, 1).sample())
-        self.num_envs, self.view, self.games = num_envs, view, None
+        obs = view(gym.vector.utils.batch_space(spec.gymnasium_observation_space, 1).sample())
+        self.num_envs, self.view = num_envs, view
         self.single_observation_space = gym.spaces.Box(0, 255, obs.shape[1:], obs.dtype)
         self.single_action_space = spec.gymnasium_action_space
-        self.action_space = batch_space(self.single_action_space, num_envs)
 
-    @property
-    def envs(self):
-        raise TypeError("games of envpool live in C++ and cannot be pickled")
-
-    def reset(self, seed=None):
-        """First observations [N, ...] of new games; envpool takes seeds [N] only when it makes them. Left out: any."""
-        if seed is None:
-            seed = np.random.default_rng().integers(2**31, size=self.num_envs).tolist()
-        self.games = self.make(seed)
+    def reset(self, seed):
+        """First observations [N, ...] of new games, which envpool makes for it, as it takes seeds only then."""
+        self.games = self.make([seed + i for i in range(self.num_envs)])
+        self.returns, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
         return self.view(self.games.reset()[0]), {}
 
     def step(self, actions):
-        """As of Gymnasium: obs [N, ...], rewards, terminations, truncations [N], infos, with "final_obs" where one ended, and
-        with "game_over" [N]: under episodic_life, a lost life is a termination and no end of the game.
-        """
+        """As of Gymnasium. Under episodic_life a lost life is a termination; infos["game_over"] [N] is the end of a game."""
         obs, rewards, terminations, truncations, infos = self.games.step(actions)
         # Atari says in infos that a game is over, also when that is in the very step of its time limit
         over = infos.get("terminated", terminations).astype(bool)
-        terminations, infos["game_over"] = terminations | truncations & over, truncations | over
+        terminations, over = terminations | truncations & over, truncations | over
+        self.returns, self.lengths = self.returns + rewards, self.lengths + 1
+        infos |= {"game_over": over, "final_info": {"episode": {"r": self.returns, "l": self.lengths}}}
+        self.returns, self.lengths = np.where(over, 0, self.returns), np.where(over, 0, self.lengths)
         obs, ended = self.view(obs), np.flatnonzero(terminations | truncations)
         if len(ended):
             infos["final_obs"] = obs.copy()
@@ -222,8 +125,7 @@ class EnvPool:
         return obs, rewards, terminations, truncations, infos
 
     def close(self):
-        if self.games is not None:
-            self.games.close()
+        self.games.close()
 
 
 def minigrid_view(obs):
@@ -231,84 +133,14 @@ def minigrid_view(obs):
     return np.concatenate([obs["image"].reshape(len(obs["image"]), -1), obs["direction"][:, None]], 1).astype(np.uint8)
 
 
-# Copied from single_files/dqn_tbb_ffm.py:parse_env_kwargs
-def parse_env_kwargs(text):
-    try:
-        return dict(**json.loads(text))
-    except (ValueError, TypeError):
-        raise ValueError(f"--env-kwargs: expected a JSON object such as '{{\"k\": 10}}', got {text!r}; mind quotes") from None
+def make_env(env_id, num_envs, options):
+    """Of seven actions turning and walking, which are all that the memory tasks need; --env-kwargs action_max 6: all."""
+    if not env_id.startswith("MiniGrid-") or "agent_view_size" in options:
+        raise ValueError(f"--env-id {env_id}, --env-kwargs {options}: expected MiniGrid-* of 7 x 7 cells; or adapt OneHot")
+    return EnvPool(env_id, num_envs, minigrid_view, {"action_max": 2, "num_threads": 1} | options)
 
 
-def check_spaces(env_id, observation_space, action_space):
-    """Raises ValueError where this file cannot train, with what can."""
-    if observation_space.shape != (148,):
-        remedy = "leave agent_view_size out of --env-kwargs, or adapt OneHot"
-        raise ValueError(f"--env-id {env_id}: expected 49 cells and a direction, got {observation_space.shape}; {remedy}")
-
-
-# Copied from cleanrl_memoroid/scan.py:tune_cpu
-def tune_cpu():
-    """Two settings for the whole process that make training on a CPU up to twice as fast. Call it before the first tensor.
-
-    1. glibc hands large blocks back to the system when they are freed, and every new tensor pays a page fault per 4 KB:
-       cloning 32 MB runs at an eighth of the memory's speed. With raised thresholds freed memory stays with the process,
-       which then holds on to its peak. On Linux with glibc only.
-    2. MKL runs single-precision matrix products at half speed on AMD processors with AVX-512, oneDNN at full speed. PyTorch
-       hands them to oneDNN if lower precision is *permitted*; a processor without matrix units for it still computes in full
-       single precision. Kept only if a trial product is that exact; elsewhere, and before PyTorch 2.9, nothing changes.
-
-    Returns: the settings that took effect, ("malloc", "onednn") at most. Harmless to call twice.
-    """
-    effective = []
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "gnu_get_libc_version"):
-            trim_threshold, mmap_threshold = -1, -3  # the parameters' numbers in malloc.h
-            if libc.mallopt(mmap_threshold, 1 << 30) and libc.mallopt(trim_threshold, -1):
-                effective.append("malloc")
-    switch = getattr(torch.backends.mkldnn, "matmul", None)
-    able = torch.backends.mkldnn.is_available() and "AVX512" in torch.backends.cpu.get_cpu_capability()
-    if able and hasattr(switch, "fp32_precision"):
-        before, switch.fp32_precision = switch.fp32_precision, "bf16"
-        a = torch.sin(torch.arange(256.0 * 256)).reshape(256, 256)
-        error = (a @ a - (a.double() @ a.double()).float()).abs().max()
-        if error < 1e-4:  # single precision: 1e-5; bfloat16: 1e-1
-            effective.append("onednn")
-        else:
-            switch.fp32_precision = before
-    return tuple(effective)
-
-
-# Copied from single_files/ppo_tbb_ffm.py:layer_init
-def layer_init(layer, std=2**0.5, bias_const=0.0):
-    torch.nn.init.orthogonal_(layer.weight, std)
-    torch.nn.init.constant_(layer.bias, bias_const)
-    return layer
-
-
-# Copied from single_files/dqn_tbb_ffm.py:Linear
-class Linear(nn.Linear):
-    """nn.Linear, faster on a CPU: there PyTorch first fills the result with the bias, and the product then reads it back.
-
-    And a weight's gradient is laid out as the product read the weight. Of few inputs that is a product with few columns,
-    seven times slower in MKL than one with as few rows, which a small copy of the weight gives.
-    """
-
-    def forward(self, x):
-        if x.is_cuda:
-            return F.linear(x, self.weight, self.bias)
-        if self.in_features < 16 and torch.is_grad_enabled():
-            return (x @ self.weight.t().contiguous()).add_(self.bias)
-        return F.linear(x, self.weight).add_(self.bias)
-
-
-# Copied from single_files/dqn_tbb_ffm.py:layer_norm
-def layer_norm(size):
-    """Without affine parameters, as in the paper: PyTorch is twice as fast with constant ones and zeros as with none."""
-    return nn.LayerNorm(size).requires_grad_(False)
-
-
-# Copied from single_files/dqn_tbb_ffm.py:resettable
+# Copied from single_files/ppo_tbb_lru.py: resettable, associative_scan, Sections, CarriedTape, LRU, StackedLRU
 def resettable(operator, identity):
     """TBB: the operator that starts anew where an episode begins, (h, b) ∘ (h', b') = ((e if b' else h) • h', b or b').
 
@@ -316,18 +148,15 @@ def resettable(operator, identity):
     """
 
     def wrapped(left, right):
-        *left, left_begins = left
-        *right, right_begins = right
-        masks = (right_begins.view(-1, *[1] * (h.dim() - 1)) for h in left)
-        left = tuple(torch.where(mask, e, h) for mask, e, h in zip(masks, identity, left))
-        return *operator(left, tuple(right)), left_begins | right_begins
+        (*left, left_begins), (*right, right_begins) = left, right
+        reset = (torch.where(right_begins.view(-1, *[1] * (h.dim() - 1)), e, h) for e, h in zip(identity, left))
+        return *operator(tuple(reset), tuple(right)), left_begins | right_begins
 
     return wrapped
 
 
-# Copied from cleanrl_memoroid/scan_torch.py:blelloch_scan
-def blelloch_scan(operator, elems):
-    """Inclusive scan of a tuple of tensors [T, ...] along time: out[t] = elems[0] • elems[1] • ... • elems[t].
+def associative_scan(operator, elems):
+    """TBB: out[t] = elems[0] • elems[1] • ... • elems[t] along time, for a tuple of tensors [T, ...].
 
     Combine neighbours, scan the result, which is half as long, and fill in the rows between: O(T) operator applications,
     O(log T) deep, differentiable through the operator (Blelloch, 1993, section 1.4).
@@ -335,18 +164,14 @@ def blelloch_scan(operator, elems):
     steps = len(elems[0])
     if steps == 1:
         return elems
-    pairs = operator(tuple(e[:-1:2] for e in elems), tuple(e[1::2] for e in elems))
-    odd = blelloch_scan(operator, pairs)  # out[1], out[3], ...
-    even = tuple(e[:1] for e in elems)  # out[0], then out[2] = out[1] • elems[2], ...
-    if steps > 2:
-        rest = operator(tuple(o[: (steps - 1) // 2] for o in odd), tuple(e[2::2] for e in elems))
-        even = tuple(torch.cat(rows) for rows in zip(even, rest))
+    odd = associative_scan(operator, operator(tuple(e[:-1:2] for e in elems), tuple(e[1::2] for e in elems)))
+    rest = operator(tuple(o[: (steps - 1) // 2] for o in odd), tuple(e[2::2] for e in elems))
+    even = tuple(torch.cat([e[:1], r]) for e, r in zip(elems, rest))  # out[0], then out[2] = out[1] • elems[2], ...
     if steps % 2:  # one row more, to make the last pair whole, and off again
         odd = tuple(torch.cat([o, o[-1:]]) for o in odd)
     return tuple(torch.stack(rows, 1).flatten(0, 1)[:steps] for rows in zip(even, odd))
 
 
-# Copied from single_files/ppo_tbb_ffm.py:Sections
 class Sections(NamedTuple):
     """TBB: the last rollout of some environments, one section after the other, each from its running episode's first row on.
 
@@ -364,16 +189,15 @@ class Sections(NamedTuple):
     obs: torch.Tensor  # [T, O]
     begins: torch.Tensor  # [T] bool
     starts: torch.Tensor  # [E] the first row of each section; rows before starts[0] are padding
-    state: torch.Tensor  # [E, ...] the recurrent state before that row, which counts where the row begins no episode
-    transitions: torch.Tensor  # [B] the rows with a loss, section by section, in order
+    loss_rows: torch.Tensor  # [B] the rows with a loss, section by section, in order
+    state: torch.Tensor  # [E, ...] the recurrent state before each section; of no account where an episode begins there
 
 
-# Copied from single_files/ppo_tbb_ffm.py:CarriedTape
 class CarriedTape:
     """TBB: the rows of every environment's running episode; they grow from rollout to rollout until the episode ends."""
 
     def __init__(self, obs, recurrent_state):
-        self.obs = [obs[:0, i] for i in range(obs.shape[1])]  # [rows, O] each, of the dtype in which rollouts are stored
+        self.obs = [obs[:0, i] for i in range(obs.shape[1])]  # [rows, O] each
         self.begins = [np.zeros(0, bool)] * obs.shape[1]  # [rows] each
         self.state = recurrent_state  # [N, ...] before the first of these rows, where that begins no episode
 
@@ -386,19 +210,16 @@ class CarriedTape:
         """The tape of environments `envs` [E], whose last `num_steps` rows carry a loss; on request of their rows [:upto]."""
         all_obs, all_begins = [self.obs[i][:upto] for i in envs], [self.begins[i][:upto] for i in envs]
         rows = np.array([len(begins) for begins in all_begins])
-        # lone rows, episodes of one step, round the length up: oneDNN takes 10 ms to get ready for a new length
-        pad = -rows.sum() % 64
+        pad = -rows.sum() % 64  # rows of zeros round the length up: oneDNN takes 10 ms to prepare for every new length
         ends = pad + np.cumsum(rows)
-        obs = np.concatenate([np.zeros((pad, *self.obs[0].shape[1:]), self.obs[0].dtype), *all_obs])
-        begins = np.concatenate([np.ones(pad, bool), *all_begins])
-        transitions = (ends[:, None] + np.arange(-num_steps, 0)).flatten()
-        arrays = obs, begins, ends - rows, np.asarray(envs), transitions
-        obs, begins, starts, envs, transitions = (torch.from_numpy(v).to(self.state.device) for v in arrays)
-        return Sections(obs, begins, starts, self.state[envs], transitions)
+        obs = np.concatenate([np.zeros((pad, *self.obs[0].shape[1:]), np.float32), *all_obs])
+        begins, loss_rows = np.concatenate([np.ones(pad, bool), *all_begins]), ends[:, None] + np.arange(-num_steps, 0)
+        arrays = obs, begins, ends - rows, loss_rows.flatten()
+        return Sections(*(torch.from_numpy(v).to(self.state.device) for v in arrays), self.state[envs])
 
     @torch.no_grad()
     def carry(self, next_begins, recurrent_state, max_prefix, agent):
-        """Forgets all but the running episodes, cuts them down to `max_prefix` rows, and says where their memory stands.
+        """Forgets all but the last `max_prefix` rows of the running episodes, and says where their memory stands.
 
         next_begins [N], recurrent_state [N, ...]: before the next observation, as the rollout left it. With no prefix at all,
         it is carried as it is, stale as under stored-state training. Returns: recurrent_state under the agent's weights now.
@@ -409,29 +230,14 @@ class CarriedTape:
         if max_prefix == 0:
             self.state = recurrent_state
             return recurrent_state
-        long = [i for i, begins in enumerate(self.begins) if len(begins) > max_prefix]
-        if long:  # the state at the cut comes from the rows before it
-            self.state[long] = agent(self.sections(long, 0, upto=-max_prefix))[2]
+        if long := [i for i, begins in enumerate(self.begins) if len(begins) > max_prefix]:
+            self.state[long] = agent(self.sections(long, 0, upto=-max_prefix))[2]  # of the rows before the cut
         for i in long:
             self.obs[i], self.begins[i] = self.obs[i][-max_prefix:], self.begins[i][-max_prefix:]
-        running = [i for i, begins in enumerate(self.begins) if len(begins)]
-        if running:
-            recurrent_state = recurrent_state.clone()
+        recurrent_state = recurrent_state.clone()
+        if running := [i for i, begins in enumerate(self.begins) if len(begins)]:
             recurrent_state[running] = agent(self.sections(running, 0))[2]
         return recurrent_state
-
-
-# Copied from single_files/ppo_tbb_ffm.py:enter
-def enter(x, decay, begins, starts, state):
-    """TBB: sections go on from their `state`: the first row adds it, faded by a step, to what it adds to the memory itself.
-
-    x [T, ...], begins [T], starts [E], state [E, ...] -> x [T, ...], begins [T] for one scan of all sections; decay() is [...]
-    """
-    fresh = begins[starts]
-    if not fresh.all():
-        state = torch.where(fresh.view(-1, *[1] * (x.dim() - 1)), 0, state) * decay().to(x.dtype)
-        x = x.expand(-1, *state.shape[1:]).index_add(0, starts, state)
-    return x, begins.index_fill(0, starts, True)
 
 
 class LRU(nn.Module):
@@ -441,7 +247,6 @@ class LRU(nn.Module):
     Source: Orvieto et al. (2023), sections 3.3 and 3.4, with the block of their figure 1: LayerNorm, LRU, GELU, GLU, skip.
     """
 
-    # Copied from single_files/dqn_tbb_lru.py:LRU.__init__
     def __init__(self, width, state_size, r_min, r_max):
         super().__init__()
         if not 0 <= r_min <= r_max <= 1:
@@ -454,21 +259,17 @@ class LRU(nn.Module):
         self.B = nn.Parameter(torch.randn(width, 2 * state_size) / (2 * width) ** 0.5)  # columns Re B, Im B, Re B, ...
         self.C = nn.Parameter(torch.randn(width, 2 * state_size) / state_size**0.5)  # columns Re C, -Im C, Re C, ...
         self.D = nn.Parameter(torch.randn(width))
-        self.gate = Linear(width, 2 * width)
-        self.identity = (torch.ones((), dtype=torch.complex64), torch.zeros((), dtype=torch.complex64))
+        self.gate = nn.Linear(width, 2 * width)
 
-    # Copied from single_files/dqn_tbb_lru.py:LRU.operator
     def operator(self, left, right):
         """(A, x) • (A', x') = (A' A, A' x + x'), with the identity (1, 0)."""
         (a, x), (right_a, right_x) = left, right
         return right_a * a, right_a * x + right_x
 
-    # Copied from single_files/dqn_tbb_lru.py:LRU.decay
     def decay(self):
         """lambda = exp(-exp(nu) + i exp(theta)), which a step multiplies the memory by. In double, for its powers. [P] c128"""
         return torch.exp(torch.complex(-self.nu.double().exp(), self.theta.double().exp()))
 
-    # Copied from single_files/dqn_tbb_lru.py:LRU.lift
     def lift(self, obs):
         """What one step adds, exp(gamma) B LN(o), and what the readout needs besides. [T, H] -> [T, P] c64, 2 x [T, H]"""
         normed = self.norm(obs)
@@ -476,62 +277,57 @@ class LRU(nn.Module):
         x = normed @ weight  # a complex matrix product would cost twice this real one
         return torch.view_as_complex(x.unflatten(-1, (-1, 2))), (normed, obs)
 
-    # Copied from single_files/dqn_tbb_lru.py:LRU.readout
-    def readout(self, x, gated):
+    def readout(self, x, lifted):
         """The Markov state o + GLU(GELU(Re(C x) + D LN(o))). [T, P] c64, 2 x [T, H] -> [T, H]"""
-        normed, skip = gated
+        normed, skip = lifted
         y = torch.addcmul(F.linear(torch.view_as_real(x).flatten(1), self.C), self.D, normed)
         return F.glu(self.gate(F.gelu(y)), dim=-1).add_(skip)
 
-    # Copied from single_files/dqn_tbb_lru.py:LRU.scan
     def scan(self, x, begins):
         """TBB: the memory after every step of a tape. [T, P] c64, [T] -> [T, P] c64"""
-        if linear_scan is not None:
+        if linear_scan:
             return linear_scan(self.decay(), x, begins)
-        identity = tuple(e.to(x.device) for e in self.identity)
         decay = self.decay().to(x.dtype).expand_as(x)
-        return blelloch_scan(resettable(self.operator, identity), (decay, x, begins))[1]
+        return associative_scan(resettable(self.operator, identity=(1, 0)), (decay, x, begins))[1]
 
-    # Copied from single_files/ppo_tbb_ffm.py:FFM.forward
-    def forward(self, obs, begins, starts, state, rows):
-        """TBB: all sections of a tape at once: what is read at `rows` [B], and the recurrent state after each section.
+    def forward(self, tape, obs):
+        """TBB: all sections of a tape at once: the Markov states at its rows with a loss, and the memory after each section.
 
-        [T, H], [T], [E], [E, ...], [B] -> [B, O], [E, ...]
+        A section goes on from its `state`, faded by a step, unless an episode begins there. [T, H] -> [B, O], [E, ...]
         """
-        x, gated = self.lift(obs)
-        x = self.scan(*enter(x, self.decay, begins, starts, state))
-        after = x[F.pad(starts[1:], (0, 1), value=len(x)) - 1]
-        if len(rows) < len(x):
-            x, *gated = (v.index_select(0, rows) for v in (x, *gated))
-        return self.readout(x, gated), after
+        x, lifted = self.lift(obs)
+        fresh = tape.begins[tape.starts]
+        if not fresh.all():
+            state = torch.where(fresh[:, None], 0, tape.state) * self.decay().to(x.dtype)
+            x = x.expand(-1, *state.shape[1:]).index_add(0, tape.starts, state)
+        x = self.scan(x, tape.begins.index_fill(0, tape.starts, True))
+        after = x[F.pad(tape.starts[1:], (0, 1), value=len(x)) - 1]
+        x, *lifted = (v.index_select(0, tape.loss_rows) for v in (x, *lifted))
+        return self.readout(x, lifted), after
 
-    # Copied from single_files/dqn_tbb_lru.py:LRU.step
     def step(self, obs, begins, recurrent_state):
         """TBB: one step of N environments, each from its own state. [N, H], [N], [N, P] -> [N, H], [N, P]"""
-        x, gated = self.lift(obs)
+        x, lifted = self.lift(obs)
         recurrent_state = torch.where(begins[:, None], 0, recurrent_state) * self.decay().to(x.dtype) + x
-        return self.readout(recurrent_state, gated), recurrent_state
+        return self.readout(recurrent_state, lifted), recurrent_state
 
 
 class StackedLRU(nn.Module):
     """Layers one above the other: each reads the Markov states of the one below, and keeps a memory of its own."""
 
-    # Copied from single_files/dqn_tbb_lru.py:StackedLRU.__init__
-    def __init__(self, width, num_layers, **sizes):
+    def __init__(self, width, num_layers, *sizes):
         super().__init__()
-        self.layers = nn.ModuleList(LRU(width, **sizes) for _ in range(num_layers))
+        self.layers = nn.ModuleList(LRU(width, *sizes) for _ in range(num_layers))
 
-    # Copied from single_files/ppo_tbb_lru.py:StackedLRU.forward
-    def forward(self, obs, begins, starts, state, rows):
-        """Only the layer on top can do with fewer rows. [T, H], [T], [E], [E, layers, P], [B] -> [B, H], [E, layers, P]"""
+    def forward(self, tape, obs):
+        """Only the layer on top can do with the rows that have a loss. [T, H] -> [B, H], [E, layers, P]"""
         states, every_row = [], torch.arange(len(obs), device=obs.device)
-        for layer, layer_state in zip(self.layers, state.unbind(1)):
-            layer_rows = rows if layer is self.layers[-1] else every_row
-            obs, layer_state = layer(obs, begins, starts, layer_state, layer_rows)
-            states.append(layer_state)
+        for layer, state in zip(self.layers, tape.state.unbind(1)):
+            loss_rows = tape.loss_rows if layer is self.layers[-1] else every_row
+            obs, state = layer(tape._replace(state=state, loss_rows=loss_rows), obs)
+            states.append(state)
         return obs, torch.stack(states, 1)
 
-    # Copied from single_files/dqn_tbb_lru.py:StackedLRU.step
     def step(self, obs, begins, recurrent_state):
         """[N, H], [N], [N, layers, P] -> [N, H], [N, layers, P]"""
         states = []
@@ -540,7 +336,6 @@ class StackedLRU(nn.Module):
             states.append(state)
         return obs, torch.stack(states, 1)
 
-    # Copied from single_files/dqn_tbb_lru.py:StackedLRU.initial_state
     def initial_state(self, num_envs):
         state_size, device = len(self.layers[0].decay()), self.layers[0].D.device
         return torch.zeros(num_envs, len(self.layers), state_size, dtype=torch.complex64, device=device)
@@ -560,365 +355,201 @@ class OneHot(nn.Module):
         return torch.zeros(len(obs), self.size, device=obs.device).scatter_(1, obs.long() + self.offsets, 1.0)
 
 
-# Copied from single_files/ppo_tbb_ffm.py:Categorical
-class Categorical:
-    """The choices in D parts of an action, independent of each other. torch.distributions takes twice as long.
-
-    logits [B, D, choices], finite
-    """
-
-    def __init__(self, logits):
-        self.logits = logits - logits.logsumexp(-1, keepdim=True)  # of probabilities: log p
-
-    @property
-    def mode(self):
-        return self.logits.argmax(-1)  # [B, D]
-
-    def sample(self):
-        return torch.multinomial(self.logits.exp().flatten(0, 1), 1).view(self.logits.shape[:-1])  # [B, D]
-
-    def log_prob(self, actions):
-        return self.logits.gather(-1, actions[..., None]).squeeze(-1).sum(-1)  # [B]
-
-    def entropy(self):
-        return -(self.logits.exp() * self.logits).sum((-2, -1))  # [B]
-
-
 # ALGO LOGIC: initialize agent here:
 class Agent(nn.Module):
     def __init__(self, envs, args):
         super().__init__()
-        space = envs.single_action_space
-        self.nvec = space.nvec.tolist() if isinstance(space, gym.spaces.MultiDiscrete) else [int(space.n)]
-        self.action_size, self.action_dtype = len(self.nvec), torch.int64
-        symbols = OneHot()
-        self.encoder = nn.Sequential(symbols, self.block(symbols.size, args.hidden_size))
-        self.memory = StackedLRU(
-            args.hidden_size, args.num_layers, state_size=args.state_size, r_min=args.r_min, r_max=args.r_max
-        )
-        self.norm = layer_norm(args.hidden_size)
-        self.outputs = (sum(self.nvec), 1)  # the actor's and the critic's, of one matrix product
-        self.actor_critic = layer_init(Linear(args.hidden_size, sum(self.outputs)), std=0.01)
-        torch.nn.init.orthogonal_(self.actor_critic.weight[-1:], 1.0)
+        symbols, hidden = OneHot(), args.hidden_size
+        norm = nn.LayerNorm(hidden).requires_grad_(False)  # without parameters, as in the paper
+        self.encoder = nn.Sequential(symbols, nn.Linear(symbols.size, hidden), norm, nn.LeakyReLU(inplace=True))
+        self.memory = StackedLRU(hidden, args.num_layers, args.state_size, args.r_min, args.r_max)
+        self.norm = nn.LayerNorm(hidden).requires_grad_(False)
+        self.actor, self.critic = (nn.Linear(hidden, outputs) for outputs in (envs.single_action_space.n, 1))
+        for layer, std in ((self.actor, 0.01), (self.critic, 1.0)):
+            nn.init.orthogonal_(layer.weight, std)
+            nn.init.zeros_(layer.bias)
 
-    # Copied from single_files/dqn_tbb_ffm.py:QNetwork.block
-    @staticmethod
-    def block(input_size, output_size):
-        return nn.Sequential(Linear(input_size, output_size), layer_norm(output_size), nn.LeakyReLU(inplace=True))
-
-    # Copied from single_files/ppo_tbb_ffm.py:Agent.policy
-    def policy(self, logits):
-        """The distribution of an action's D parts. [B, sum of choices] -> over [B, D]"""
-        if len(self.nvec) == 1:
-            return Categorical(logits[:, None])
-        most = max(self.nvec)  # a choice that a part lacks is as good as impossible
-        parts = [F.pad(part, (0, most - part.shape[-1]), value=-1e9) for part in logits.split(self.nvec, dim=-1)]
-        return Categorical(torch.stack(parts, -2))
-
-    # Copied from single_files/ppo_tbb_ffm.py:Agent.heads
     def heads(self, markov_state):
-        logits, value = self.actor_critic(self.norm(markov_state)).split(self.outputs, dim=-1)
-        return self.policy(logits), value.squeeze(-1)
+        """Log-probabilities of the actions [B, A], and values [B]."""
+        markov_state = self.norm(markov_state)
+        return self.actor(markov_state).log_softmax(-1), self.critic(markov_state).squeeze(-1)
 
-    # Copied from single_files/ppo_tbb_ffm.py:Agent.forward
     def forward(self, tape):
-        """TBB: policy and value [B] at the rows with a loss, and the recurrent state after each section [E, ...]"""
-        obs, begins, starts, state, rows = tape
-        markov_state, recurrent_state = self.memory(self.encoder(obs), begins, starts, state, rows)
+        """TBB: policy and values [B] at the rows with a loss, and the recurrent state after each section [E, ...]"""
+        markov_state, recurrent_state = self.memory(tape, self.encoder(tape.obs))
         return *self.heads(markov_state), recurrent_state
 
-    # Copied from single_files/ppo_tbb_ffm.py:Agent.step
+    @torch.no_grad()
     def step(self, obs, begins, recurrent_state):
-        """TBB: policy and value [N] of one step of N environments, and their states. [N, O], [N], [N, ...]"""
+        """TBB: policy and values of one step of N environments, and their states. NumPy [N, O], [N]; state [N, ...]"""
+        obs, begins = (torch.as_tensor(v).to(recurrent_state.device) for v in (np.asarray(obs, np.float32), begins))
         markov_state, recurrent_state = self.memory.step(self.encoder(obs), begins, recurrent_state)
         return *self.heads(markov_state), recurrent_state
 
 
-# Copied from single_files/ppo_tbb_ffm.py:gae
-def gae(rewards, values, next_values, ends, gamma, gae_lambda):
-    """Generalised advantage estimation, A[t] = delta[t] + gamma lambda A[t+1], where delta = r + gamma V(s') - V(s).
+# Copied from single_files/ppo_tbb_lru.py: gae
+def gae(rewards, values, next_values, ended, gamma, gae_lambda):
+    """A[t] = delta[t] + gamma lambda A[t+1], where delta = r + gamma V(s') - V(s): Schulman et al. (2016), eq. 16. [S, N]
 
-    TBB: a reverse scan over all episodes at once. rewards, values, next_values [T] -> advantages [T]; ends [T] bool: is row t
-    the last one of its episode, or of its environment in this rollout? next_values is 0 where an episode has terminated,
-    else the value of the state that followed, the final one of a truncated episode included. Schulman et al. (2016), eq. 16.
+    TBB: this recurrence is a memoroid, too: a scan from the last step to the first, which starts anew at an episode's end.
+    next_values: 0 where an episode has terminated, else the value of what followed, be it a truncated episode's final state.
     """
     delta = rewards + gamma * next_values - values
-    if linear_scan is not None:
-        return linear_scan(gamma * gae_lambda, delta, ends, reverse=True)
-
-    def operator(left, right):
-        """(a, x) • (a', x') = (a' a, a' x + x'), with the identity (1, 0)."""
-        return right[0] * left[0], right[0] * left[1] + right[1]
-
-    elems = torch.full_like(delta, gamma * gae_lambda), delta.flip(0), ends.flip(0)
-    return blelloch_scan(resettable(operator, (delta.new_ones(()), delta.new_zeros(()))), elems)[1].flip(0)
+    if linear_scan:
+        return linear_scan(gamma * gae_lambda, delta, ended, reverse=True)
+    # (a, x) • (a', x') = (a' a, a' x + x'), with the identity (1, 0)
+    operator = resettable(lambda left, right: (right[0] * left[0], right[0] * left[1] + right[1]), identity=(1, 0))
+    elems = torch.full_like(delta, gamma * gae_lambda), delta.flip(0), ended.flip(0)
+    return associative_scan(operator, elems)[1].flip(0)
 
 
-# Copied from single_files/ppo_tbb_ffm.py:evaluate
-def evaluate(agent, env_fns, episodes, seeds, device):
-    """Returns of greedy episodes [episodes]. Each environment has its share: short episodes are not counted more often."""
-    envs = vector_env(env_fns[:episodes])
-    share = [len(range(i, episodes, envs.num_envs)) for i in range(envs.num_envs)]
-    returns, running = [], np.zeros(envs.num_envs)
-    obs, _ = envs.reset(seed=seeds[: envs.num_envs])
-    begins = np.ones(envs.num_envs, bool)
-    recurrent_state = agent.memory.initial_state(envs.num_envs)
-    while any(share):
-        with torch.no_grad():
-            inputs = torch.as_tensor(obs, dtype=torch.float32, device=device), torch.as_tensor(begins, device=device)
-            policy, _, recurrent_state = agent.step(*inputs, recurrent_state)
-        obs, rewards, terminations, truncations, _ = envs.step(env_actions(envs, policy.mode))
-        running += rewards
-        begins = terminations | truncations
-        for i in np.flatnonzero(begins):
-            if share[i]:
-                returns.append(running[i])
-                share[i] -= 1
-            running[i] = 0
+def evaluate(agent, envs, seed):
+    """Returns of greedy games, one in each environment: short games do not count more often than long ones. [E]"""
+    (obs, _), recurrent_state = envs.reset(seed=seed), agent.memory.initial_state(envs.num_envs)
+    returns, begins, running = np.zeros(envs.num_envs), *np.ones((2, envs.num_envs), bool)
+    while running.any():
+        policy, _, recurrent_state = agent.step(obs, begins, recurrent_state)
+        obs, rewards, terminations, truncations, infos = envs.step(policy.argmax(-1).cpu().numpy())
+        returns += rewards * running
+        begins, running = terminations | truncations, running & ~infos["game_over"]
     envs.close()
-    spread = f"{len(returns)} greedy episodes, {min(returns):.4f} to {max(returns):.4f}"
-    print(f"evaluation: episodic_return={np.mean(returns):.4f} ({spread})")
+    print(f"evaluation: episodic_return={returns.mean():.4f}, the mean of {len(returns)} greedy games")
     return returns
 
 
-# Copied from single_files/ppo_tbb_ffm.py:env_actions
-def env_actions(envs, actions):
-    """Actions [N, D] as the environments take them: one number each if that is all, counted from the space's first."""
-    return actions.cpu().numpy().reshape(envs.action_space.shape) + getattr(envs.single_action_space, "start", 0)
-
-
-# Copied from single_files/dqn_tbb_ffm.py:save
+# Copied from single_files/ppo_tbb_lru.py: save
 def save(path, content):
     """Leaves a whole file or none under this name, also when the process is killed on the way."""
     torch.save(content, f"{path}.partial")
     os.replace(f"{path}.partial", path)
 
 
-# Copied from single_files/dqn_tbb_ffm.py:load
-def load(path, name, weights_only):
-    """Reads a file of a run: `path` is the run's directory or the file itself."""
-    path = os.path.join(path, name) if os.path.isdir(path) else path
-    if not os.path.isfile(path):
-        raise ValueError(f"expected a run's directory with a file {name}, or such a file, got {path!r}; see `ls runs`")
-    return torch.load(path, map_location="cpu", weights_only=weights_only)
-
-
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
-    checkpoint = trained = None
-    if args.resume:
-        changed = [f.name for f in fields(Args) if f.name != "resume" and getattr(args, f.name) != f.default]
-        if changed:
-            raise ValueError(f"--resume: a run continues under its own flags, got also {', '.join(changed)}; drop them")
-        checkpoint = load(args.resume, "checkpoint.pt", weights_only=False)  # holds pickled environments: load only your own
-        args = Args(**checkpoint["args"])
-    elif args.evaluate:
-        trained = load(args.evaluate, f"{args.exp_name}.cleanrl_model", weights_only=True)
-        own = ("seed", "cuda", "torch_threads", "tune_cpu", "eval_episodes", "capture_video", "evaluate")
-        args = Args(**{**trained["args"], **{name: getattr(args, name) for name in own}})
-    env_kwargs = parse_env_kwargs(args.env_kwargs)
-    for name in ("num_envs", "num_steps", "num_minibatches", "update_epochs", "total_timesteps", "torch_threads"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}; raise it")
-    if args.max_prefix < 0:
-        raise ValueError(f"--max-prefix: expected at least 0, got {args.max_prefix}; 0 carries recurrent states alone")
-    if args.num_envs % args.num_minibatches:
-        remedy = "a minibatch is made of whole environments; change one of them"
-        raise ValueError(f"--num-minibatches {args.num_minibatches}: expected a divisor of {args.num_envs} envs; {remedy}")
-    args.batch_size = args.num_envs * args.num_steps
-    args.minibatch_size = args.batch_size // args.num_minibatches
-    args.num_iterations = args.total_timesteps // args.batch_size
-    if args.num_iterations == 0:
-        raise ValueError(f"--total-timesteps {args.total_timesteps}: expected one rollout at least, {args.batch_size} steps")
+    run_dir, saved = args.resume or args.evaluate, None
+    if run_dir:
+        path = f"{run_dir}/{'checkpoint.pt' if args.resume else 'model.pt'}"
+        if not os.path.isfile(path):
+            raise ValueError(f"--{'resume' if args.resume else 'evaluate'}: expected a file {path}, got none; see `ls runs`")
+        # a checkpoint is a pickle, which may run any code: resume only your own. A model is data, and can be shared
+        saved = torch.load(path, map_location="cpu" if args.evaluate else None, weights_only=not args.resume)
+        args = tyro.cli(Args, default=Args(**saved["args"]))  # the run's own flags, unless the command line gives others
+    least = dict.fromkeys(("num_envs", "num_steps", "num_minibatches", "update_epochs"), 1) | {"max_prefix": 0}
+    for name, low in {**least, "eval_episodes": 1 if args.evaluate else 0}.items():
+        if getattr(args, name) < low:
+            raise ValueError(f"--{name.replace('_', '-')}: expected at least {low}, got {getattr(args, name)}; raise it")
+    if args.num_envs % args.num_minibatches:  # a minibatch is made of whole environments
+        raise ValueError(f"--num-minibatches {args.num_minibatches}: expected a divisor of --num-envs {args.num_envs}")
+    batch_size = args.num_envs * args.num_steps
+    if (num_iterations := args.total_timesteps // batch_size) == 0:
+        raise ValueError(f"--total-timesteps {args.total_timesteps}: expected one rollout at least, {batch_size}; raise it")
     if args.cuda and not torch.cuda.is_available():
         raise ValueError("--cuda: expected a CUDA device, PyTorch finds none; drop the flag to train on the CPU")
-    run_name = checkpoint["run_name"] if checkpoint else f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    torch.set_num_threads(args.torch_threads)
-    if args.tune_cpu:
-        tune_cpu()
+    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
+    run_dir = run_dir or f"runs/{run_name}"
+    torch.set_num_threads(int(os.getenv("OMP_NUM_THREADS", 1)))  # more are slower, unless networks are large and cores idle
+    tune_cpu()
 
     # TRY NOT TO MODIFY: seeding
-    rng = np.random.default_rng(args.seed)
+    rng = np.random.default_rng(args.seed)  # of all draws after the initial weights
     torch.manual_seed(args.seed)
-    torch.backends.cudnn.deterministic = args.torch_deterministic
     device = torch.device("cuda" if args.cuda else "cpu")
 
     # env setup
-    env_fns = [make_env(args.env_id, env_kwargs)] * args.num_envs
-    videos = f"videos/{run_name}" if args.capture_video else None
-    eval_fns = [make_env(args.env_id, env_kwargs, videos), *env_fns[1:]]
-    envs = vector_env(env_fns)
-    if args.capture_video:
-        if "rgb_array" not in envs.metadata.get("render_modes", ()):
-            raise ValueError(f"--capture-video: expected an environment that renders, {args.env_id} does not; drop the flag")
-        import moviepy  # noqa: F401  RecordVideo needs it: better to fail here than after training
-    check_spaces(args.env_id, envs.single_observation_space, envs.single_action_space)
-    env_seeds, eval_seeds = rng.integers(2**31, size=(2, args.num_envs)).tolist()
-
+    # TBB: in the step that ends an episode, next_obs is already the first one of the next episode; infos has the final one
+    envs, eval_envs = (make_env(args.env_id, number, args.env_kwargs) for number in (args.num_envs, args.eval_episodes))
     agent = Agent(envs, args).to(device)
-    if trained:
-        agent.load_state_dict(trained["agent"])
-        evaluate(agent, eval_fns, args.eval_episodes, eval_seeds, device)
+    if args.evaluate:
+        agent.load_state_dict(saved["agent"])
+        evaluate(agent, eval_envs, args.seed + 10**6)
         sys.exit()
-    parameters = list(agent.parameters())  # once: a walk through all modules takes a tenth of a millisecond
-    optimizer = optim.Adam(parameters, lr=args.learning_rate, fused=True)
-
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)
     if args.track:
         import wandb
 
-        wandb.init(
-            project=args.wandb_project_name,
-            entity=args.wandb_entity,
-            sync_tensorboard=True,
-            config=vars(args),
-            name=run_name,
-            id=run_name.replace("/", "-").replace(":", "-"),  # of names such as ALE/Pong-v5
-            resume="allow",
-            save_code=True,
-        )
-    writer = SummaryWriter(f"runs/{run_name}", purge_step=checkpoint["global_step"] + 1 if checkpoint else None)
-    writer.add_text(
-        "hyperparameters",
-        "|param|value|\n|-|-|\n%s" % ("\n".join([f"|{key}|{value}|" for key, value in vars(args).items()])),
-    )
+        run = {"name": run_name, "id": os.path.basename(run_dir), "resume": "allow", "config": vars(args)}
+        wandb.init(project=args.wandb_project_name, sync_tensorboard=True, save_code=True, **run)
+    writer = SummaryWriter(run_dir, purge_step=saved["state"]["global_step"] + 1 if saved else None)
+    writer.add_text("hyperparameters", "\n".join(["|param|value|\n|-|-|", *(f"|{k}|{v}|" for k, v in vars(args).items())]))
 
     # TRY NOT TO MODIFY: start the game
-    next_obs, _ = envs.reset(seed=env_seeds)
+    global_step, return_rms = 0, gym.wrappers.utils.RunningMeanStd()  # of discounted returns, for --norm-reward
+    # the variables that a checkpoint holds, pickled together, so that the optimizer keeps its hold on the agent's weights
+    state = "agent optimizer rng global_step return_rms".split()
+    if saved:
+        globals().update(saved["state"])
+    print(f"games run in C++ and cannot be saved: {'new ones begin' if saved else '--resume will begin new ones'}")
+    next_obs, _ = envs.reset(seed=int(rng.integers(2**31)) if saved else args.seed)  # a resumed run does not repeat its games
     next_begins = np.ones(args.num_envs, bool)  # is next_obs[i] the first of its episode?
-    recurrent_state = agent.memory.initial_state(args.num_envs)
-    obs = np.zeros((args.num_steps, *next_obs.shape), np.uint8)
+    discounted, recurrent_state = np.zeros(args.num_envs), agent.memory.initial_state(args.num_envs)
+    obs, begins = np.zeros((args.num_steps, *next_obs.shape), np.uint8), np.zeros((args.num_steps, args.num_envs), bool)
     carried_tape = CarriedTape(obs, recurrent_state)
-    returns, lengths = np.zeros(args.num_envs), np.zeros(args.num_envs, int)  # of the running episodes, so far
-    discounted, return_rms = np.zeros(args.num_envs), gym.wrappers.utils.RunningMeanStd()
-    global_step, first_iteration = 0, 1
-    if checkpoint:
-        agent.load_state_dict(checkpoint["agent"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        global_step, first_iteration, next_obs, next_begins, recurrent_state, *episodes = checkpoint["loop"]
-        returns, lengths, discounted, return_rms = episodes
-        recurrent_state = recurrent_state.to(device)
-        vars(carried_tape).update(checkpoint["carried_tape"], state=checkpoint["carried_tape"]["state"].to(device))
-        rng.bit_generator.state = checkpoint["rng"]
-        torch.set_rng_state(checkpoint["torch_rng"])
-        if args.cuda:
-            torch.cuda.set_rng_state(checkpoint["cuda_rng"])
-        if checkpoint["envs"]:
-            envs.envs = cloudpickle.loads(checkpoint["envs"])
-        else:
-            next_obs, next_begins = envs.reset()[0], np.ones(args.num_envs, bool)
-            returns, lengths, discounted = np.zeros(args.num_envs), np.zeros(args.num_envs, int), np.zeros(args.num_envs)
-            carried_tape.carry(next_begins, recurrent_state, args.max_prefix, agent)
-
     # ALGO Logic: Storage setup
-    begins, ended = np.zeros((2, args.num_steps, args.num_envs), bool)
-    actions = torch.zeros(args.num_steps, args.num_envs, agent.action_size, dtype=agent.action_dtype, device=device)
     logprobs, rewards, values, bootstraps = torch.zeros(4, args.num_steps, args.num_envs, device=device)
-
-    start_time, start_step, last_report = time.time(), global_step, 0
-    recent_returns, loss = deque(maxlen=100), torch.tensor(torch.nan)
+    actions, ended = (torch.zeros(args.num_steps, args.num_envs, dtype=d, device=device) for d in (torch.int64, torch.bool))
+    start_time, start_step, recent_returns = time.time(), global_step, deque(maxlen=100)
     scan = "cleanrl_memoroid's scan" if linear_scan else "this file's own scan (faster with `pip install` of cleanrl-memoroid)"
     print(f"{args.exp_name}: {args.env_id}, {args.total_timesteps:,} steps in {args.num_envs} environments, {device}, {scan}")
-    print(f"{args.num_iterations} rollouts of {args.num_steps} steps; runs/{run_name}")
-    bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", disable=not sys.stderr.isatty())
-    for iteration in range(first_iteration, args.num_iterations + 1):
-        if args.checkpoint_interval and global_step % args.checkpoint_interval < args.batch_size:
-            content = {"agent": agent.state_dict(), "optimizer": optimizer.state_dict(), "carried_tape": vars(carried_tape)}
-            content["loop"] = global_step, iteration, next_obs, next_begins, recurrent_state
-            content["loop"] += returns, lengths, discounted, return_rms
-            content |= {"args": asdict(args), "run_name": run_name, "global_step": global_step, "rng": rng.bit_generator.state}
-            content |= {"torch_rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state() if args.cuda else None}
-            try:
-                content["envs"] = cloudpickle.dumps(envs.envs)
-            except Exception as error:  # whatever an environment raises
-                content["envs"] = None
-                if global_step == 0:
-                    print(f"{args.env_id} cannot be saved ({error}): --resume will begin new episodes, the run will differ")
-            writer.flush()  # first: a run that goes on from here logs nothing before
-            save(f"runs/{run_name}/checkpoint.pt", content)
-
-        # Annealing the rate if instructed to do so.
-        if args.anneal_lr:
-            frac = 1.0 - (iteration - 1.0) / args.num_iterations
-            optimizer.param_groups[0]["lr"] = frac * args.learning_rate
-
+    print(f"{num_iterations} rollouts of {args.num_steps} steps; {run_dir}")
+    bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", mininterval=0.2 if sys.stderr.isatty() else 5)
+    for iteration in range(global_step // batch_size + 1, num_iterations + 1):
+        if args.checkpoint_interval and global_step % args.checkpoint_interval < batch_size:
+            writer.flush()  # before the checkpoint: a resumed run logs only what comes after it
+            save(f"{run_dir}/checkpoint.pt", {"args": asdict(args), "state": {name: globals()[name] for name in state}})
+        anneal = 1 - (iteration - 1) / num_iterations if args.anneal_lr else 1
+        optimizer.param_groups[0]["lr"] = anneal * args.learning_rate
         for step in range(args.num_steps):
             global_step += args.num_envs
             obs[step], begins[step] = next_obs, next_begins
-
             # ALGO LOGIC: action logic
-            with torch.no_grad():
-                inputs = torch.as_tensor(obs[step], device=device), torch.as_tensor(begins[step], device=device)
-                policy, values[step], recurrent_state = agent.step(*inputs, recurrent_state)
-                actions[step] = policy.sample()
-                logprobs[step] = policy.log_prob(actions[step])
+            policy, values[step], recurrent_state = agent.step(next_obs, next_begins, recurrent_state)
+            noise = torch.from_numpy(rng.gumbel(size=policy.shape).astype(np.float32)).to(device)
+            actions[step] = (policy + noise).argmax(-1)  # a draw from the policy, by the Gumbel-max trick
+            logprobs[step] = policy.gather(-1, actions[step, :, None]).squeeze(-1)
 
             # TRY NOT TO MODIFY: execute the game and log data.
-            next_obs, reward, terminations, truncations, infos = envs.step(env_actions(envs, actions[step]))
-            ended[step] = next_begins = terminations | truncations
+            next_obs, reward, terminations, truncations, infos = envs.step(actions[step].cpu().numpy())
+            next_begins = terminations | truncations
             discounted = discounted * args.gamma + reward
             return_rms.update(discounted)
-            scale = 1 / np.sqrt(return_rms.var + 1e-8) if args.norm_reward else 1.0
-            rewards[step] = torch.as_tensor(reward * scale, device=device)
-
+            discounted[next_begins] = 0
+            scale = np.sqrt(return_rms.var + 1e-8) if args.norm_reward else 1.0
+            rewards[step], ended[step] = torch.as_tensor(reward / scale), torch.as_tensor(next_begins)
             # TBB: an episode cut off by a time limit is worth what its final observation is, remembering all before it
             bootstraps[step] = 0
-            cut_off = np.flatnonzero(truncations & ~terminations & (not args.truncation_is_terminal))
-            if len(cut_off):
-                final_obs = torch.as_tensor(np.stack(infos["final_obs"][cut_off]), dtype=torch.float32, device=device)
-                with torch.no_grad():
-                    _, bootstraps[step, cut_off], _ = agent.step(
-                        final_obs, torch.zeros(len(cut_off), dtype=torch.bool, device=device), recurrent_state[cut_off]
-                    )
-
-            returns += reward
-            lengths += 1
+            if (cut_off := truncations & ~terminations & (not args.truncation_is_terminal)).any():
+                final = np.stack(infos["final_obs"][cut_off]), np.zeros(cut_off.sum(), bool), recurrent_state[cut_off]
+                _, bootstraps[step, cut_off], _ = agent.step(*final)
             for i in np.flatnonzero(next_begins):
-                recent_returns.append(returns[i])
-                writer.add_scalar("charts/episodic_return", returns[i], global_step)
-                writer.add_scalar("charts/episodic_length", lengths[i], global_step)
-                returns[i] = lengths[i] = discounted[i] = 0
+                recent_returns.append(infos["final_info"]["episode"]["r"][i])
+                writer.add_scalar("charts/episodic_return", recent_returns[-1], global_step)
+                writer.add_scalar("charts/episodic_length", infos["final_info"]["episode"]["l"][i], global_step)
 
         # TBB: the rollout joins the rows that its running episodes have on the tape already
         carried_tape.add(obs, begins)
         tape_rows = sum(map(len, carried_tape.begins))
 
         # bootstrap value if not done
-        with torch.no_grad():
-            inputs = torch.as_tensor(next_obs, dtype=torch.float32, device=device), torch.as_tensor(next_begins, device=device)
-            _, next_value, _ = agent.step(*inputs, recurrent_state)
-            next_values = torch.cat([values[1:], next_value[None]])
-            next_values = torch.where(torch.as_tensor(ended, device=device), bootstraps, next_values)
-
-        # TBB: flatten the batch environment by environment, so that each one's steps stay in order: [S, N] -> [N * S]
-        ends = ended.copy()
-        ends[-1] = True
-        b_ends = torch.as_tensor(ends, device=device).T.flatten()
-        b_actions, b_logprobs, b_values = actions.transpose(0, 1).flatten(0, 1), logprobs.T.flatten(), values.T.flatten()
-        b_advantages = gae(rewards.T.flatten(), b_values, next_values.T.flatten(), b_ends, args.gamma, args.gae_lambda)
-        b_returns = b_advantages + b_values
-
+        _, next_value, _ = agent.step(next_obs, next_begins, recurrent_state)
+        next_values = torch.where(ended, bootstraps, torch.cat([values[1:], next_value[None]]))
+        advantages = gae(rewards, values, next_values, ended, args.gamma, args.gae_lambda)
+        # TBB: a batch by environments, [S, N] -> [N, S], so that each one's steps stay in order
+        batch = [v.transpose(0, 1) for v in (actions, logprobs, values, advantages, advantages + values)]
+        explained_var = 1 - advantages.var() / (advantages + values).var()
         # Optimizing the policy and value network
         clipfracs, logprob_error = [], None
         for _ in range(args.update_epochs):
             for mb_envs in rng.permutation(args.num_envs).reshape(args.num_minibatches, -1):
-                tape = carried_tape.sections(mb_envs, args.num_steps)
-                mb_inds = torch.from_numpy((mb_envs[:, None] * args.num_steps + np.arange(args.num_steps)).flatten())
-                mb_inds = mb_inds.to(device)
-
-                policy, newvalue, _ = agent(tape)
-                newlogprob, entropy = policy.log_prob(b_actions[mb_inds]), policy.entropy()
-                logratio = newlogprob - b_logprobs[mb_inds]
+                mb_actions, mb_logprobs, mb_values, mb_advantages, mb_returns = (v[mb_envs].flatten(0, 1) for v in batch)
+                policy, newvalue, _ = agent(carried_tape.sections(mb_envs, args.num_steps))
+                logratio = policy.gather(-1, mb_actions[:, None]).squeeze(-1) - mb_logprobs
                 ratio = logratio.exp()
-
-                with torch.no_grad():
-                    # calculate approx_kl http://joschu.net/blog/kl-approx.html
+                with torch.no_grad():  # calculate approx_kl http://joschu.net/blog/kl-approx.html
                     old_approx_kl = (-logratio).mean()
                     approx_kl = ((ratio - 1) - logratio).mean()
                     clipfracs += [((ratio - 1.0).abs() > args.clip_coef).float().mean().item()]
-                    if logprob_error is None:  # TBB: no update yet, so the tape and the rollout must be one policy
+                    if logprob_error is None:  # TBB: before the first update, the tape and the rollout must be one policy
                         logprob_error = logratio.abs().max().item()
-
-                mb_advantages = b_advantages[mb_inds]
                 if args.norm_adv:
                     mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
 
@@ -928,69 +559,42 @@ if __name__ == "__main__":
                 pg_loss = torch.max(pg_loss1, pg_loss2).mean()
 
                 # Value loss
-                v_loss = (newvalue - b_returns[mb_inds]) ** 2
+                v_loss = (newvalue - mb_returns) ** 2
                 if args.clip_vloss:
-                    v_change = torch.clamp(newvalue - b_values[mb_inds], -args.clip_coef, args.clip_coef)
-                    v_loss = torch.max(v_loss, (b_values[mb_inds] + v_change - b_returns[mb_inds]) ** 2)
+                    v_clipped = mb_values + torch.clamp(newvalue - mb_values, -args.clip_coef, args.clip_coef)
+                    v_loss = torch.max(v_loss, (v_clipped - mb_returns) ** 2)
                 v_loss = 0.5 * v_loss.mean()
 
-                entropy_loss = entropy.mean()
+                entropy_loss = -(policy.exp() * policy).sum(-1).mean()
                 loss = pg_loss - args.ent_coef * entropy_loss + v_loss * args.vf_coef
-
                 optimizer.zero_grad()
                 loss.backward()
-                grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm, foreach=True)
+                grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm, foreach=True)
                 if not torch.isfinite(loss + grad_norm):
-                    remedy = f"runs/{run_name}/checkpoint.pt is from before it; try a smaller --learning-rate or rewards"
-                    raise FloatingPointError(
-                        f"global_step={global_step}: loss {loss:.3g}, gradient norm {grad_norm:.3g}; {remedy}"
-                    )
+                    remedy = f"--resume {run_dir} with a smaller --learning-rate goes on before it; or make rewards smaller"
+                    raise FloatingPointError(f"step {global_step}: loss {loss:.3g}, gradient norm {grad_norm:.3g}; {remedy}")
                 optimizer.step()
-
             if args.target_kl is not None and approx_kl > args.target_kl:
                 break
-
         if logprob_error > 1e-3:
             print(f"warning: rollout and tape differ by {logprob_error:.1e} in log-probability: is `step` what `forward` is?")
-
         # TBB: keep the running episodes, and bring their recurrent states up to the new weights
         recurrent_state = carried_tape.carry(next_begins, recurrent_state, args.max_prefix, agent)
 
-        explained_var = 1 - (b_returns - b_values).var() / b_returns.var() if b_returns.var() > 0 else torch.tensor(torch.nan)
-
         # TRY NOT TO MODIFY: record rewards for plotting purposes
-        sps = int((global_step - start_step) / (time.time() - start_time))
         writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], global_step)
-        writer.add_scalar("charts/prefix_share", 1 - args.batch_size / tape_rows, global_step)
-        writer.add_scalar("losses/value_loss", v_loss.item(), global_step)
-        writer.add_scalar("losses/policy_loss", pg_loss.item(), global_step)
-        writer.add_scalar("losses/entropy", entropy_loss.item(), global_step)
-        writer.add_scalar("losses/old_approx_kl", old_approx_kl.item(), global_step)
-        writer.add_scalar("losses/approx_kl", approx_kl.item(), global_step)
-        writer.add_scalar("losses/clipfrac", np.mean(clipfracs), global_step)
-        writer.add_scalar("losses/explained_variance", explained_var.item(), global_step)
-        writer.add_scalar("losses/grad_norm", grad_norm.item(), global_step)
-        writer.add_scalar("losses/logprob_error", logprob_error, global_step)
-        writer.add_scalar("charts/SPS", sps, global_step)
-
-        if time.time() - last_report > (0.2 if sys.stderr.isatty() else 5) or iteration == args.num_iterations:
-            last_report = time.time()
-            mean_return = np.mean(recent_returns or [np.nan])
-            status = {"episodic_return": f"{mean_return:.3f}", "entropy": f"{entropy_loss.item():.3f}", "SPS": sps}
-            bar.set_postfix(status, refresh=False)
-            bar.update(global_step - bar.n)
-            if bar.disable:
-                print(f"global_step={global_step}", *(f"{key}={value}" for key, value in status.items()), flush=True)
+        writer.add_scalar("charts/prefix_share", 1 - batch_size / tape_rows, global_step)
+        losses = {"value_loss": v_loss, "policy_loss": pg_loss, "entropy": entropy_loss, "old_approx_kl": old_approx_kl}
+        losses |= {"approx_kl": approx_kl, "clipfrac": np.mean(clipfracs), "explained_variance": explained_var}
+        for name, value in {**losses, "grad_norm": grad_norm, "logprob_error": logprob_error}.items():
+            writer.add_scalar(f"losses/{name}", value, global_step)
+        writer.add_scalar("charts/SPS", int((global_step - start_step) / (time.time() - start_time)), global_step)
+        bar.set_postfix(episodic_return=np.mean(recent_returns or [np.nan]), entropy=entropy_loss.item(), refresh=False)
+        bar.update(global_step - bar.n)
     bar.close()
-    print(f"trained for {global_step:,} steps, {args.num_iterations} rollouts, {time.time() - start_time:.1f} seconds")
-
-    if args.save_model:
-        model_path = f"runs/{run_name}/{args.exp_name}.cleanrl_model"
-        save(model_path, {"agent": agent.state_dict(), "args": asdict(args)})
-        print(f"model saved to {model_path}")
-    if args.eval_episodes:
-        for idx, episodic_return in enumerate(evaluate(agent, eval_fns, args.eval_episodes, eval_seeds, device)):
-            writer.add_scalar("eval/episodic_return", episodic_return, global_step + idx)  # --resume takes it back
-
+    save(f"{run_dir}/model.pt", {"agent": agent.state_dict(), "args": asdict(args)})
+    print(f"trained for {global_step:,} steps, {time.time() - start_time:.1f} seconds; the model is {run_dir}/model.pt")
+    for idx, episodic_return in enumerate(evaluate(agent, eval_envs, args.seed + 10**6) if args.eval_episodes else ()):
+        writer.add_scalar("eval/episodic_return", episodic_return, global_step + idx)  # --resume takes it back
     envs.close()
     writer.close()

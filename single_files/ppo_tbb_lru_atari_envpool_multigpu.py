@@ -1,0 +1,598 @@
+# docs: docs/ppo_envpool.md
+# Variant of single_files/ppo_tbb_lru_atari_envpool.py. Changed: Args.cuda, joined, average_gradients, __main__
+# Memory and tape: Morad et al. (2024), "Recurrent Reinforcement Learning with Memoroids", https://arxiv.org/abs/2402.09900
+# LRU: Orvieto et al. (2023), "Resurrecting Recurrent Neural Networks for Long Sequences", https://arxiv.org/abs/2303.06349
+# envpool: Weng et al. (2022), "EnvPool: A Highly Parallel RL Environment Execution Engine", https://arxiv.org/abs/2206.10558
+"""PPO with Linear Recurrent Units (LRU) on Atari through envpool, trained by several processes, each with a GPU of its own.
+
+    torchrun --standalone --nproc-per-node 2 single_files/ppo_tbb_lru_atari_envpool_multigpu.py --cuda    # without: on a CPU
+
+Each process plays its share of --num-envs, and all take the same steps, along the mean of their gradients: that of one process
+on the joined tape. --resume and --evaluate are as in ppo_tbb_lru_atari_envpool.py; --evaluate needs no torchrun.
+Copy this file into your project and edit it: the import from cleanrl_memoroid is optional and only makes it faster.
+Shapes: S steps of a rollout, N environments, E of them in a minibatch, T rows of a tape, B of them with a loss; h x w pixels,
+A actions, H width, P complex numbers of the memory; time comes first. Does not include: frame stacking, videos.
+"""
+
+import os
+import sys
+import time
+from collections import deque
+from dataclasses import asdict, dataclass, field
+from typing import NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+try:
+    from cleanrl_memoroid.scan import linear_scan, tune_cpu
+except ImportError:  # this file's own associative_scan then computes the same, more slowly
+    linear_scan, tune_cpu = None, lambda: None
+
+
+@dataclass
+class Args:
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]  # the name of this experiment
+    seed: int = 1  # seed of the experiment; on a CPU, equal seeds give equal runs, until one is resumed
+    cuda: bool = False  # if toggled, train on CUDA devices, one for each process of torchrun
+    track: bool = False  # if toggled, also log to Weights and Biases (WANDB_MODE=offline needs no account)
+    wandb_project_name: str = "cleanrl-memoroid"  # the project name in Weights and Biases (the team: WANDB_ENTITY)
+    eval_episodes: int = 16  # number of greedy games after training and with --evaluate; 0: none (games)
+    checkpoint_interval: int = 100_000  # environment steps between checkpoints, for --resume; 0: none (steps)
+    resume: str | None = None  # run directory, `runs/...`: continue that run, under its own flags unless given again
+    evaluate: str | None = None  # run directory: play greedy games with its trained model, and exit
+
+    # Algorithm specific arguments
+    env_id: str = "Pong-v5"  # the id of the game in envpool: NAME-v5, such as Breakout-v5
+    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # of envpool.make: img_height 52
+    episodic_life: bool = False  # if toggled, a lost life ends the episode; logs are of whole games
+    clip_reward: bool = True  # if toggled, learn from the rewards' signs alone; logs are in the game's units
+    total_timesteps: int = 10_000_000  # total timesteps of the experiment, over all environments, of four frames each (steps)
+    learning_rate: float = 5e-4  # the learning rate of the optimizer at the start
+    num_envs: int = 8  # the number of parallel environments
+    num_steps: int = 128  # the number of steps S to run in each environment per policy rollout (steps)
+    anneal_lr: bool = True  # if toggled, the learning rate falls linearly to zero
+    gamma: float = 0.99  # the discount factor gamma
+    gae_lambda: float = 0.95  # the lambda for the general advantage estimation
+    num_minibatches: int = 4  # the number of minibatches; TBB: each of whole environments, whose steps stay in order
+    update_epochs: int = 4  # the K epochs to update the policy
+    norm_adv: bool = True  # if toggled, advantages are normalised over each minibatch
+    clip_coef: float = 0.2  # the surrogate clipping coefficient
+    clip_vloss: bool = True  # if toggled, the value's loss is clipped, too, as in the paper
+    ent_coef: float = 0.01  # coefficient of the entropy
+    vf_coef: float = 0.5  # coefficient of the value function
+    max_grad_norm: float = 0.5  # the maximum norm of the gradient
+    target_kl: float | None = None  # after an epoch with a larger KL divergence from the rollout's policy, stop updating
+    truncation_is_terminal: bool = False  # if toggled, a time limit ends the return as termination does
+
+    # Memory specific arguments
+    max_prefix: int = 128  # TBB: the last so many rows of a running episode stay on the tape; 0: its state alone (rows)
+    cnn_channels: int = 32  # channels of the first convolution; the other two have twice as many (channels)
+    hidden_size: int = 512  # width H of every layer (units)
+    state_size: int = 256  # complex numbers P in the memory (channels)
+    r_min: float = 0.9  # the sizes of lambda begin between this and r_max: close to one, memory lasts long
+    r_max: float = 0.999  # see r_min
+
+
+class EnvPool:
+    """Games of envpool behind the interface of Gymnasium's vector environments, which reset in the same step.
+
+    envpool itself resets one step late: it answers the action that follows an episode's end, whatever it is, with the next
+    episode's first observation. On a tape that row would be a transition that never was. So the games that have ended take
+    that step at once, by themselves. `view` turns envpool's observations into one array [N, ...], which the network sees.
+    """
+
+    def __init__(self, env_id, num_envs, view, options):
+        try:
+            import envpool
+
+            spec = envpool.make_spec(env_id, **options)
+        except (ImportError, KeyError, TypeError) as error:
+            remedy = "pip install 'envpool>=1.2', or see its list_all_envs() and make_spec(NAME).config"
+            raise ValueError(f"--env-id {env_id}, --env-kwargs {options}: envpool raised {error!r}; {remedy}") from error
+        self.make = lambda seeds: envpool.make_gymnasium(env_id, num_envs=num_envs, seed=seeds, **options)
+        obs = view(gym.vector.utils.batch_space(spec.gymnasium_observation_space, 1).sample())
+        self.num_envs, self.view = num_envs, view
+        self.single_observation_space = gym.spaces.Box(0, 255, obs.shape[1:], obs.dtype)
+        self.single_action_space = spec.gymnasium_action_space
+
+    def reset(self, seed):
+        """First observations [N, ...] of new games, which envpool makes for it, as it takes seeds only then."""
+        self.games = self.make([seed + i for i in range(self.num_envs)])
+        self.returns, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
+        return self.view(self.games.reset()[0]), {}
+
+    def step(self, actions):
+        """As of Gymnasium. Under episodic_life a lost life is a termination; infos["game_over"] [N] is the end of a game."""
+        obs, rewards, terminations, truncations, infos = self.games.step(actions)
+        # Atari says in infos that a game is over, also when that is in the very step of its time limit
+        over = infos.get("terminated", terminations).astype(bool)
+        terminations, over = terminations | truncations & over, truncations | over
+        self.returns, self.lengths = self.returns + rewards, self.lengths + 1
+        infos |= {"game_over": over, "final_info": {"episode": {"r": self.returns, "l": self.lengths}}}
+        self.returns, self.lengths = np.where(over, 0, self.returns), np.where(over, 0, self.lengths)
+        obs, ended = self.view(obs), np.flatnonzero(terminations | truncations)
+        if len(ended):
+            infos["final_obs"] = obs.copy()
+            obs[ended] = self.view(self.games.step(actions[ended], ended)[0])  # these actions are ignored
+        return obs, rewards, terminations, truncations, infos
+
+    def close(self):
+        self.games.close()
+
+
+def make_env(env_id, num_envs, options):
+    """One frame per step, every fourth of the game: grey, and the larger of the last two, so that nothing flickers away."""
+    # without a no-op envpool crashes; below 44 pixels the last convolution leaves one, and a LayerNorm over one is zero
+    for name, least in {"noop_max": 1, "gray_scale": 1, "img_height": 44, "img_width": 44}.items():
+        if options.get(name, least) < least:
+            raise ValueError(f"--env-kwargs {name}: expected at least {least}, got {options[name]}; raise it or leave it out")
+    return EnvPool(env_id, num_envs, lambda obs: obs[:, -1], {"stack_num": 1, "num_threads": 1} | options)
+
+
+# Copied from single_files/ppo_tbb_lru.py: resettable, associative_scan, Sections
+def resettable(operator, identity):
+    """TBB: the operator that starts anew where an episode begins, (h, b) ∘ (h', b') = ((e if b' else h) • h', b or b').
+
+    Source: Morad et al. (2024), eq. 12. It selects instead of multiplying by a mask, because 0 * nan is nan.
+    """
+
+    def wrapped(left, right):
+        (*left, left_begins), (*right, right_begins) = left, right
+        reset = (torch.where(right_begins.view(-1, *[1] * (h.dim() - 1)), e, h) for e, h in zip(identity, left))
+        return *operator(tuple(reset), tuple(right)), left_begins | right_begins
+
+    return wrapped
+
+
+def associative_scan(operator, elems):
+    """TBB: out[t] = elems[0] • elems[1] • ... • elems[t] along time, for a tuple of tensors [T, ...].
+
+    Combine neighbours, scan the result, which is half as long, and fill in the rows between: O(T) operator applications,
+    O(log T) deep, differentiable through the operator (Blelloch, 1993, section 1.4).
+    """
+    steps = len(elems[0])
+    if steps == 1:
+        return elems
+    odd = associative_scan(operator, operator(tuple(e[:-1:2] for e in elems), tuple(e[1::2] for e in elems)))
+    rest = operator(tuple(o[: (steps - 1) // 2] for o in odd), tuple(e[2::2] for e in elems))
+    even = tuple(torch.cat([e[:1], r]) for e, r in zip(elems, rest))  # out[0], then out[2] = out[1] • elems[2], ...
+    if steps % 2:  # one row more, to make the last pair whole, and off again
+        odd = tuple(torch.cat([o, o[-1:]]) for o in odd)
+    return tuple(torch.stack(rows, 1).flatten(0, 1)[:steps] for rows in zip(even, odd))
+
+
+class Sections(NamedTuple):
+    """TBB: the last rollout of some environments, one section after the other, each from its running episode's first row on.
+
+    section        environment 0                            | environment 3
+    row            0     1     2     3     4     5     6    | 7     8     9     10
+    obs            o0    o1    o2    o3    o0'   o1'   o2'  | o5    o6    o7    o8
+    begins         1     0     0     0     1     0     0    | 0     0     0     0        `state` is what the memory held
+    loss           -     -     -     x     x     x     x    | x     x     x     x        before row 7: --max-prefix cut there
+                   prefix            rollout                  rollout
+
+    A prefix carries no loss. It is there so that every recurrent state is computed under the weights of now, and that the
+    gradient of a loss reaches the first observation of its episode.
+    """
+
+    obs: torch.Tensor  # [T, O]
+    begins: torch.Tensor  # [T] bool
+    starts: torch.Tensor  # [E] the first row of each section; rows before starts[0] are padding
+    loss_rows: torch.Tensor  # [B] the rows with a loss, section by section, in order
+    state: torch.Tensor  # [E, ...] the recurrent state before each section; of no account where an episode begins there
+
+
+class CarriedTape:
+    """TBB: the rows of every environment's running episode; they grow from rollout to rollout until the episode ends."""
+
+    # Copied from single_files/ppo_tbb_lru.py: CarriedTape.__init__, CarriedTape.add
+    def __init__(self, obs, recurrent_state):
+        self.obs = [obs[:0, i] for i in range(obs.shape[1])]  # [rows, O] each
+        self.begins = [np.zeros(0, bool)] * obs.shape[1]  # [rows] each
+        self.state = recurrent_state  # [N, ...] before the first of these rows, where that begins no episode
+
+    def add(self, obs, begins):
+        """Appends a rollout: obs [S, N, O], begins [S, N]."""
+        self.obs = [np.concatenate([rows, obs[:, i]]) for i, rows in enumerate(self.obs)]
+        self.begins = [np.concatenate([rows, begins[:, i]]) for i, rows in enumerate(self.begins)]
+
+    def sections(self, envs, num_steps, upto=None):
+        """The tape of environments `envs` [E], whose last `num_steps` rows carry a loss; on request of their rows [:upto]."""
+        all_obs, all_begins = [self.obs[i][:upto] for i in envs], [self.begins[i][:upto] for i in envs]
+        rows = np.array([len(begins) for begins in all_begins])
+        pad = -rows.sum() % 64  # rows of zeros round the length up: oneDNN takes 10 ms to prepare for every new length
+        ends = pad + np.cumsum(rows)
+        obs = np.concatenate([np.zeros((pad, *self.obs[0].shape[1:]), np.uint8), *all_obs])
+        begins, loss_rows = np.concatenate([np.ones(pad, bool), *all_begins]), ends[:, None] + np.arange(-num_steps, 0)
+        arrays = obs, begins, ends - rows, loss_rows.flatten()
+        return Sections(*(torch.from_numpy(v).to(self.state.device) for v in arrays), self.state[envs])
+
+    # Copied from single_files/ppo_tbb_lru.py: CarriedTape.carry
+    @torch.no_grad()
+    def carry(self, next_begins, recurrent_state, max_prefix, agent):
+        """Forgets all but the last `max_prefix` rows of the running episodes, and says where their memory stands.
+
+        next_begins [N], recurrent_state [N, ...]: before the next observation, as the rollout left it. With no prefix at all,
+        it is carried as it is, stale as under stored-state training. Returns: recurrent_state under the agent's weights now.
+        """
+        for i, begins in enumerate(self.begins):
+            first = len(begins) if next_begins[i] or max_prefix == 0 else np.append(0, np.flatnonzero(begins))[-1]
+            self.obs[i], self.begins[i] = self.obs[i][first:], begins[first:]
+        if max_prefix == 0:
+            self.state = recurrent_state
+            return recurrent_state
+        if long := [i for i, begins in enumerate(self.begins) if len(begins) > max_prefix]:
+            self.state[long] = agent(self.sections(long, 0, upto=-max_prefix))[2]  # of the rows before the cut
+        for i in long:
+            self.obs[i], self.begins[i] = self.obs[i][-max_prefix:], self.begins[i][-max_prefix:]
+        recurrent_state = recurrent_state.clone()
+        if running := [i for i, begins in enumerate(self.begins) if len(begins)]:
+            recurrent_state[running] = agent(self.sections(running, 0))[2]
+        return recurrent_state
+
+
+# Copied from single_files/ppo_tbb_lru.py: LRU
+class LRU(nn.Module):
+    """TBB: one layer, a Linear Recurrent Unit as a memoroid: P complex numbers that each fade and turn at a rate of their own.
+
+    An element of the monoid is (A, x): the factor [P] that its steps multiply earlier memory by, and the memory [P] they add.
+    Source: Orvieto et al. (2023), sections 3.3 and 3.4, with the block of their figure 1: LayerNorm, LRU, GELU, GLU, skip.
+    """
+
+    def __init__(self, width, state_size, r_min, r_max):
+        super().__init__()
+        if not 0 <= r_min <= r_max <= 1:
+            raise ValueError(f"--r-min, --r-max: expected 0 <= r_min <= r_max <= 1, got {r_min} and {r_max}; change them")
+        radius = torch.empty(state_size).uniform_(r_min**2, r_max**2).clamp(1e-6, 1 - 1e-6) ** 0.5  # uniform on the ring
+        self.norm = nn.LayerNorm(width)
+        self.nu = nn.Parameter(torch.log(-torch.log(radius)))
+        self.theta = nn.Parameter(torch.log(2 * torch.pi * torch.rand(state_size)))
+        self.gamma = nn.Parameter(0.5 * torch.log(1 - radius**2))  # log of the factor that keeps the memory's variance at one
+        self.B = nn.Parameter(torch.randn(width, 2 * state_size) / (2 * width) ** 0.5)  # columns Re B, Im B, Re B, ...
+        self.C = nn.Parameter(torch.randn(width, 2 * state_size) / state_size**0.5)  # columns Re C, -Im C, Re C, ...
+        self.D = nn.Parameter(torch.randn(width))
+        self.gate = nn.Linear(width, 2 * width)
+
+    def operator(self, left, right):
+        """(A, x) • (A', x') = (A' A, A' x + x'), with the identity (1, 0)."""
+        (a, x), (right_a, right_x) = left, right
+        return right_a * a, right_a * x + right_x
+
+    def decay(self):
+        """lambda = exp(-exp(nu) + i exp(theta)), which a step multiplies the memory by. In double, for its powers. [P] c128"""
+        return torch.exp(torch.complex(-self.nu.double().exp(), self.theta.double().exp()))
+
+    def lift(self, obs):
+        """What one step adds, exp(gamma) B LN(o), and what the readout needs besides. [T, H] -> [T, P] c64, 2 x [T, H]"""
+        normed = self.norm(obs)
+        weight = self.gamma.exp().repeat_interleave(2) * self.B
+        x = normed @ weight  # a complex matrix product would cost twice this real one
+        return torch.view_as_complex(x.unflatten(-1, (-1, 2))), (normed, obs)
+
+    def readout(self, x, lifted):
+        """The Markov state o + GLU(GELU(Re(C x) + D LN(o))). [T, P] c64, 2 x [T, H] -> [T, H]"""
+        normed, skip = lifted
+        y = torch.addcmul(F.linear(torch.view_as_real(x).flatten(1), self.C), self.D, normed)
+        return F.glu(self.gate(F.gelu(y)), dim=-1).add_(skip)
+
+    def scan(self, x, begins):
+        """TBB: the memory after every step of a tape. [T, P] c64, [T] -> [T, P] c64"""
+        if linear_scan:
+            return linear_scan(self.decay(), x, begins)
+        decay = self.decay().to(x.dtype).expand_as(x)
+        return associative_scan(resettable(self.operator, identity=(1, 0)), (decay, x, begins))[1]
+
+    def forward(self, tape, obs):
+        """TBB: all sections of a tape at once: the Markov states at its rows with a loss, and the memory after each section.
+
+        A section goes on from its `state`, faded by a step, unless an episode begins there. [T, H] -> [B, O], [E, ...]
+        """
+        x, lifted = self.lift(obs)
+        fresh = tape.begins[tape.starts]
+        if not fresh.all():
+            state = torch.where(fresh[:, None], 0, tape.state) * self.decay().to(x.dtype)
+            x = x.expand(-1, *state.shape[1:]).index_add(0, tape.starts, state)
+        x = self.scan(x, tape.begins.index_fill(0, tape.starts, True))
+        after = x[F.pad(tape.starts[1:], (0, 1), value=len(x)) - 1]
+        x, *lifted = (v.index_select(0, tape.loss_rows) for v in (x, *lifted))
+        return self.readout(x, lifted), after
+
+    def step(self, obs, begins, recurrent_state):
+        """TBB: one step of N environments, each from its own state. [N, H], [N], [N, P] -> [N, H], [N, P]"""
+        x, lifted = self.lift(obs)
+        recurrent_state = torch.where(begins[:, None], 0, recurrent_state) * self.decay().to(x.dtype) + x
+        return self.readout(recurrent_state, lifted), recurrent_state
+
+
+def convolution(frame, channels, outputs):
+    """The paper's: three convolutions, each with a LayerNorm over the pixels of every channel. [T, 1, h, w] -> [T, outputs]"""
+    layers, inputs, size = [], 1, np.array(frame)
+    for filters, kernel, stride in ((channels, 8, 4), (2 * channels, 4, 2), (2 * channels, 3, 1)):
+        size = (size - kernel) // stride + 1  # 84 x 84 pixels become 20 x 20, 9 x 9, 7 x 7
+        norm = nn.LayerNorm(size.tolist()).requires_grad_(False)  # without parameters, as in the paper
+        layers += [nn.Conv2d(inputs, filters, kernel, stride), norm, nn.LeakyReLU(inplace=True)]
+        inputs = filters
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(inputs * size.prod(), outputs))
+
+
+# ALGO LOGIC: initialize agent here:
+class Agent(nn.Module):
+    def __init__(self, envs, args):
+        super().__init__()
+        self.encoder = convolution(envs.single_observation_space.shape, args.cnn_channels, args.hidden_size)
+        self.memory = LRU(args.hidden_size, args.state_size, args.r_min, args.r_max)
+        self.norm = nn.LayerNorm(args.hidden_size).requires_grad_(False)
+        self.actor, self.critic = (nn.Linear(args.hidden_size, outputs) for outputs in (envs.single_action_space.n, 1))
+        for layer, std in ((self.actor, 0.01), (self.critic, 1.0)):
+            nn.init.orthogonal_(layer.weight, std)
+            nn.init.zeros_(layer.bias)
+
+    def initial_state(self, num_envs):
+        return torch.zeros(num_envs, len(self.memory.nu), dtype=torch.complex64, device=self.memory.nu.device)
+
+    def heads(self, markov_state):
+        """Log-probabilities of the actions [B, A], and values [B]."""
+        markov_state = self.norm(markov_state)
+        return self.actor(markov_state).log_softmax(-1), self.critic(markov_state).squeeze(-1)
+
+    def forward(self, tape):
+        """TBB: policy and values [B] at the rows with a loss, and the recurrent state after each section [E, P]"""
+        markov_state, recurrent_state = self.memory(tape, self.encoder(tape.obs[:, None].float() / 255))
+        return *self.heads(markov_state), recurrent_state
+
+    @torch.no_grad()
+    def step(self, obs, begins, recurrent_state):
+        """TBB: policy and values of one step of N environments, and their states. NumPy [N, h, w], [N]; state [N, P]"""
+        obs, begins = (torch.as_tensor(v).to(recurrent_state.device) for v in (obs, begins))
+        markov_state, recurrent_state = self.memory.step(self.encoder(obs[:, None].float() / 255), begins, recurrent_state)
+        return *self.heads(markov_state), recurrent_state
+
+
+def joined(x):
+    """The rows [B] of all W processes, one after the other [W * B], and the same in each of them."""
+    rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, x)
+    return torch.cat(rows)
+
+
+def average_gradients(parameters):
+    """Leaves the mean of all processes' gradients in each of them: that of the loss of all rows, as all have equally many."""
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = nn.utils.parameters_to_vector(grads)  # one message instead of one for each parameter
+    dist.all_reduce(flat)
+    nn.utils.vector_to_parameters(flat / dist.get_world_size(), grads)
+
+
+# Copied from single_files/ppo_tbb_lru.py: gae
+def gae(rewards, values, next_values, ended, gamma, gae_lambda):
+    """A[t] = delta[t] + gamma lambda A[t+1], where delta = r + gamma V(s') - V(s): Schulman et al. (2016), eq. 16. [S, N]
+
+    TBB: this recurrence is a memoroid, too: a scan from the last step to the first, which starts anew at an episode's end.
+    next_values: 0 where an episode has terminated, else the value of what followed, be it a truncated episode's final state.
+    """
+    delta = rewards + gamma * next_values - values
+    if linear_scan:
+        return linear_scan(gamma * gae_lambda, delta, ended, reverse=True)
+    # (a, x) • (a', x') = (a' a, a' x + x'), with the identity (1, 0)
+    operator = resettable(lambda left, right: (right[0] * left[0], right[0] * left[1] + right[1]), identity=(1, 0))
+    elems = torch.full_like(delta, gamma * gae_lambda), delta.flip(0), ended.flip(0)
+    return associative_scan(operator, elems)[1].flip(0)
+
+
+def evaluate(agent, envs, seed):
+    """Returns of greedy games, one in each environment: short games do not count more often than long ones. [E]"""
+    (obs, _), recurrent_state = envs.reset(seed=seed), agent.initial_state(envs.num_envs)
+    returns, begins, running = np.zeros(envs.num_envs), *np.ones((2, envs.num_envs), bool)
+    while running.any():
+        policy, _, recurrent_state = agent.step(obs, begins, recurrent_state)
+        obs, rewards, terminations, truncations, infos = envs.step(policy.argmax(-1).cpu().numpy())
+        returns += rewards * running
+        begins, running = terminations | truncations, running & ~infos["game_over"]
+    envs.close()
+    print(f"evaluation: episodic_return={returns.mean():.4f}, the mean of {len(returns)} greedy games")
+    return returns
+
+
+# Copied from single_files/ppo_tbb_lru.py: save
+def save(path, content):
+    """Leaves a whole file or none under this name, also when the process is killed on the way."""
+    torch.save(content, f"{path}.partial")
+    os.replace(f"{path}.partial", path)
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    rank, local_rank, world_size = (int(os.getenv(name, n)) for name, n in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    if rank > 0:  # one process prints, logs, saves and evaluates for all
+        sys.stdout = open(os.devnull, "w")
+    run_dir, saved = args.resume or args.evaluate, None
+    if run_dir:
+        path = f"{run_dir}/{'checkpoint.pt' if args.resume else 'model.pt'}"
+        if not os.path.isfile(path):
+            raise ValueError(f"--{'resume' if args.resume else 'evaluate'}: expected a file {path}, got none; see `ls runs`")
+        # a checkpoint is a pickle, which may run any code: resume only your own. A model is data, and can be shared
+        place = {"cuda:0": f"cuda:{local_rank}"} if args.resume else "cpu"
+        saved = torch.load(path, map_location=place, weights_only=not args.resume)
+        args = tyro.cli(Args, default=Args(**saved["args"]))  # the run's own flags, unless the command line gives others
+    least = dict.fromkeys(("num_envs", "num_steps", "num_minibatches", "update_epochs"), 1) | {"max_prefix": 0}
+    for name, low in {**least, "eval_episodes": 1 if args.evaluate else 0}.items():
+        if getattr(args, name) < low:
+            raise ValueError(f"--{name.replace('_', '-')}: expected at least {low}, got {getattr(args, name)}; raise it")
+    if args.num_envs % (parts := args.num_minibatches * world_size):  # as many whole environments of each process in all
+        raise ValueError(f"--num-envs {args.num_envs}: expected a multiple of {parts}, minibatches x processes; raise it")
+    batch_size = args.num_envs * args.num_steps
+    if (num_iterations := args.total_timesteps // batch_size) == 0:
+        raise ValueError(f"--total-timesteps {args.total_timesteps}: expected one rollout at least, {batch_size}; raise it")
+    if args.cuda and torch.cuda.device_count() <= local_rank:
+        raise ValueError(f"--cuda: expected a GPU for each process, got {torch.cuda.device_count()}; start fewer, or drop it")
+    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
+    run_dir = run_dir or f"runs/{run_name}"
+    torch.set_num_threads(int(os.getenv("OMP_NUM_THREADS", 1)))  # more are slower, unless networks are large and cores idle
+    tune_cpu()
+
+    # TRY NOT TO MODIFY: seeding
+    rng = np.random.default_rng((args.seed, rank, saved["state"]["global_step"] if args.resume else 0))  # apart
+    torch.manual_seed(args.seed)
+    device = torch.device("cuda", local_rank) if args.cuda else torch.device("cpu")
+
+    # env setup
+    num_envs = args.num_envs // world_size  # of this process
+    options = {"episodic_life": args.episodic_life} | args.env_kwargs
+    # TBB: in the step that ends an episode, next_obs is already the first one of the next episode; infos has the final one
+    envs, eval_envs = (make_env(args.env_id, number, options) for number in (num_envs, args.eval_episodes))
+    agent = Agent(envs, args).to(device)
+    if args.evaluate:
+        agent.load_state_dict(saved["agent"])
+        evaluate(agent, eval_envs, args.seed + 10**6)
+        sys.exit()
+    if args.cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if args.cuda else "gloo")
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)
+    if args.track and rank == 0:
+        import wandb
+
+        run = {"name": run_name, "id": os.path.basename(run_dir), "resume": "allow", "config": vars(args)}
+        wandb.init(project=args.wandb_project_name, sync_tensorboard=True, save_code=True, **run)
+    if rank == 0:
+        writer = SummaryWriter(run_dir, purge_step=saved["state"]["global_step"] + 1 if saved else None)
+        writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
+
+    # TRY NOT TO MODIFY: start the game
+    global_step = 0
+    # the variables that a checkpoint holds, pickled together, so that the optimizer keeps its hold on the agent's weights
+    state = "agent optimizer global_step".split()
+    if saved:
+        globals().update(saved["state"])
+    print(f"games run in C++ and cannot be saved: {'new ones begin' if saved else '--resume will begin new ones'}")
+    next_obs, _ = envs.reset(seed=int(rng.integers(2**31)) if saved else args.seed + rank * num_envs)  # apart, and new
+    next_begins = np.ones(num_envs, bool)  # is next_obs[i] the first of its episode?
+    recurrent_state = agent.initial_state(num_envs)
+    obs, begins = np.zeros((args.num_steps, *next_obs.shape), np.uint8), np.zeros((args.num_steps, num_envs), bool)
+    carried_tape = CarriedTape(obs, recurrent_state)
+    # ALGO Logic: Storage setup
+    logprobs, rewards, values, bootstraps = torch.zeros(4, args.num_steps, num_envs, device=device)
+    actions, ended = (torch.zeros(args.num_steps, num_envs, dtype=d, device=device) for d in (torch.int64, torch.bool))
+    start_time, start_step, recent_returns = time.time(), global_step, deque(maxlen=100)
+    scan = "cleanrl_memoroid's scan" if linear_scan else "this file's own scan (faster with `pip install` of cleanrl-memoroid)"
+    print(f"{args.exp_name}: {args.env_id}, {args.total_timesteps:,} steps in {args.num_envs} environments, {device}, {scan}")
+    gigabytes = num_envs * (args.num_steps + args.max_prefix) * obs[0, 0].nbytes / 1e9  # of a rollout and its prefix
+    print(f"{num_iterations} rollouts of {args.num_steps} steps, frames of {gigabytes:.2f} GB at most; {run_dir}")
+    bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", disable=rank > 0, mininterval=5)
+    for iteration in range(global_step // batch_size + 1, num_iterations + 1):
+        if rank == 0 and args.checkpoint_interval and global_step % args.checkpoint_interval < batch_size:
+            writer.flush()  # before the checkpoint: a resumed run logs only what comes after it
+            save(f"{run_dir}/checkpoint.pt", {"args": asdict(args), "state": {name: globals()[name] for name in state}})
+        anneal = 1 - (iteration - 1) / num_iterations if args.anneal_lr else 1
+        optimizer.param_groups[0]["lr"] = anneal * args.learning_rate
+        for step in range(args.num_steps):
+            global_step += args.num_envs
+            obs[step], begins[step] = next_obs, next_begins
+            # ALGO LOGIC: action logic
+            policy, values[step], recurrent_state = agent.step(next_obs, next_begins, recurrent_state)
+            noise = torch.from_numpy(rng.gumbel(size=policy.shape).astype(np.float32)).to(device)
+            actions[step] = (policy + noise).argmax(-1)  # a draw from the policy, by the Gumbel-max trick
+            logprobs[step] = policy.gather(-1, actions[step, :, None]).squeeze(-1)
+
+            # TRY NOT TO MODIFY: execute the game and log data.
+            next_obs, reward, terminations, truncations, infos = envs.step(actions[step].cpu().numpy())
+            next_begins = terminations | truncations
+            reward = np.sign(reward) if args.clip_reward else reward
+            rewards[step], ended[step] = torch.as_tensor(reward), torch.as_tensor(next_begins)
+            # TBB: an episode cut off by a time limit is worth what its final observation is, remembering all before it
+            bootstraps[step] = 0
+            if (cut_off := truncations & ~terminations & (not args.truncation_is_terminal)).any():
+                final = np.stack(infos["final_obs"][cut_off]), np.zeros(cut_off.sum(), bool), recurrent_state[cut_off]
+                _, bootstraps[step, cut_off], _ = agent.step(*final)
+            for i in np.flatnonzero(infos["game_over"] & (rank == 0)):  # of whole games, also under episodic_life
+                recent_returns.append(infos["final_info"]["episode"]["r"][i])
+                writer.add_scalar("charts/episodic_return", recent_returns[-1], global_step)
+                writer.add_scalar("charts/episodic_length", infos["final_info"]["episode"]["l"][i], global_step)
+
+        # TBB: the rollout joins the rows that its running episodes have on the tape already
+        carried_tape.add(obs, begins)
+        tape_rows = sum(map(len, carried_tape.begins))
+
+        # bootstrap value if not done
+        _, next_value, _ = agent.step(next_obs, next_begins, recurrent_state)
+        next_values = torch.where(ended, bootstraps, torch.cat([values[1:], next_value[None]]))
+        advantages = gae(rewards, values, next_values, ended, args.gamma, args.gae_lambda)
+        # TBB: a batch by environments, [S, N] -> [N, S], so that each one's steps stay in order
+        batch = [v.transpose(0, 1) for v in (actions, logprobs, values, advantages, advantages + values)]
+        explained_var = 1 - advantages.var() / (advantages + values).var()
+        # Optimizing the policy and value network
+        clipfracs, logprob_error = [], None
+        for _ in range(args.update_epochs):
+            for mb_envs in rng.permutation(num_envs).reshape(args.num_minibatches, -1):
+                mb_actions, mb_logprobs, mb_values, mb_advantages, mb_returns = (v[mb_envs].flatten(0, 1) for v in batch)
+                policy, newvalue, _ = agent(carried_tape.sections(mb_envs, args.num_steps))
+                logratio = policy.gather(-1, mb_actions[:, None]).squeeze(-1) - mb_logprobs
+                ratio = logratio.exp()
+                with torch.no_grad():  # calculate approx_kl http://joschu.net/blog/kl-approx.html
+                    old_approx_kl = (-logratio).mean()
+                    approx_kl = ((ratio - 1) - logratio).mean()
+                    clipfracs += [((ratio - 1.0).abs() > args.clip_coef).float().mean().item()]
+                    if logprob_error is None:  # TBB: before the first update, the tape and the rollout must be one policy
+                        logprob_error = logratio.abs().max().item()
+                if args.norm_adv:
+                    everywhere = joined(mb_advantages)
+                    mb_advantages = (mb_advantages - everywhere.mean()) / (everywhere.std() + 1e-8)
+
+                # Policy loss
+                pg_loss1 = -mb_advantages * ratio
+                pg_loss2 = -mb_advantages * torch.clamp(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
+                pg_loss = torch.max(pg_loss1, pg_loss2).mean()
+
+                # Value loss
+                v_loss = (newvalue - mb_returns) ** 2
+                if args.clip_vloss:
+                    v_clipped = mb_values + torch.clamp(newvalue - mb_values, -args.clip_coef, args.clip_coef)
+                    v_loss = torch.max(v_loss, (v_clipped - mb_returns) ** 2)
+                v_loss = 0.5 * v_loss.mean()
+
+                entropy_loss = -(policy.exp() * policy).sum(-1).mean()
+                loss = pg_loss - args.ent_coef * entropy_loss + v_loss * args.vf_coef
+                optimizer.zero_grad()
+                loss.backward()
+                average_gradients(agent.parameters())
+                grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm, foreach=True)
+                if not torch.isfinite(loss + grad_norm):
+                    remedy = f"--resume {run_dir} with a smaller --learning-rate goes on before it; or make rewards smaller"
+                    raise FloatingPointError(f"step {global_step}: loss {loss:.3g}, gradient norm {grad_norm:.3g}; {remedy}")
+                optimizer.step()
+            if args.target_kl is not None and joined(approx_kl[None]).mean() > args.target_kl:
+                break
+        if logprob_error > 1e-3:
+            print(f"warning: rollout and tape differ by {logprob_error:.1e} in log-probability: is `step` what `forward` is?")
+        # TBB: keep the running episodes, and bring their recurrent states up to the new weights
+        recurrent_state = carried_tape.carry(next_begins, recurrent_state, args.max_prefix, agent)
+
+        # TRY NOT TO MODIFY: record rewards for plotting purposes
+        if rank == 0:
+            writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], global_step)
+            writer.add_scalar("charts/prefix_share", 1 - num_envs * args.num_steps / tape_rows, global_step)
+            losses = {"value_loss": v_loss, "policy_loss": pg_loss, "entropy": entropy_loss, "old_approx_kl": old_approx_kl}
+            losses |= {"approx_kl": approx_kl, "clipfrac": np.mean(clipfracs), "explained_variance": explained_var}
+            for name, value in {**losses, "grad_norm": grad_norm, "logprob_error": logprob_error}.items():
+                writer.add_scalar(f"losses/{name}", value, global_step)
+            writer.add_scalar("charts/SPS", int((global_step - start_step) / (time.time() - start_time)), global_step)
+        bar.set_postfix(episodic_return=np.mean(recent_returns or [np.nan]), entropy=entropy_loss.item(), refresh=False)
+        bar.update(global_step - bar.n)
+    bar.close()
+    dist.destroy_process_group()
+    if rank > 0:
+        sys.exit()
+    save(f"{run_dir}/model.pt", {"agent": agent.state_dict(), "args": asdict(args)})
+    print(f"trained for {global_step:,} steps, {time.time() - start_time:.1f} seconds; the model is {run_dir}/model.pt")
+    for idx, episodic_return in enumerate(evaluate(agent, eval_envs, args.seed + 10**6) if args.eval_episodes else ()):
+        writer.add_scalar("eval/episodic_return", episodic_return, global_step + idx)  # --resume takes it back
+    envs.close()
+    writer.close()
