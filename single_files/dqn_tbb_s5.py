@@ -379,12 +379,10 @@ if __name__ == "__main__":
     run_dir = run_dir or f"runs/{run_name}"
     torch.set_num_threads(int(os.getenv("OMP_NUM_THREADS", 1)))  # more are slower, unless networks are large and cores idle
     tune_cpu()
-
     # TRY NOT TO MODIFY: seeding
     rng = np.random.default_rng(args.seed)
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda else "cpu")
-
     # env setup
     make = [args.env_id, args.env_kwargs, args.prev_action]
     # TBB: in the step that ends an episode, next_obs is already the first one of the next episode; infos has the final one
@@ -412,7 +410,6 @@ if __name__ == "__main__":
         wandb.init(project=args.wandb_project_name, sync_tensorboard=True, save_code=True, **run)
     writer = SummaryWriter(run_dir, purge_step=saved["state"]["global_step"] + 1 if saved else None)
     writer.add_text("hyperparameters", "\n".join(["|param|value|\n|-|-|", *(f"|{k}|{v}|" for k, v in vars(args).items())]))
-
     # TRY NOT TO MODIFY: start the game
     obs, _ = envs.reset(seed=args.seed)
     begins = np.ones(args.num_envs, bool)  # is obs[i] the first of its episode?
@@ -444,19 +441,16 @@ if __name__ == "__main__":
                 if global_step == 0:
                     print(f"{args.env_id} cannot be saved ({error}): --resume will begin new episodes, the run will differ")
             save(f"{run_dir}/checkpoint.pt", content)
-
         # ALGO LOGIC: put action logic here
         exploration = args.learning_starts, args.learning_starts + args.exploration_fraction * args.total_timesteps
         epsilon = np.interp(global_step, exploration, (args.start_e, args.end_e), left=1.0)
         q_values, recurrent_state = q_network.step(obs, begins, recurrent_state)
         random_actions = rng.integers(envs.single_action_space.n, size=args.num_envs)
         actions = np.where(rng.random(args.num_envs) < epsilon, random_actions, q_values.argmax(dim=1).cpu().numpy())
-
         # TRY NOT TO MODIFY: execute the game and log data.
         next_obs, rewards, terminations, truncations, infos = envs.step(actions + envs.single_action_space.start)
         global_step += args.num_envs
         begins = terminations | truncations
-
         # TBB: save data to the tape buffer, one whole episode at a time, with its final observation
         for i, row in enumerate(zip(obs, actions, rewards)):
             running[i].append(row)
@@ -469,7 +463,6 @@ if __name__ == "__main__":
                 writer.add_scalar("charts/episodic_return", recent_returns[-1], global_step)
                 writer.add_scalar("charts/episodic_length", infos["final_info"]["episode"]["l"][i], global_step)
         obs = next_obs  # TRY NOT TO MODIFY: CRUCIAL step easy to overlook
-
         # ALGO LOGIC: training, at every multiple of train_frequency that this step has reached or passed
         updates_due = global_step // args.train_frequency - (global_step - args.num_envs) // args.train_frequency
         for _ in range(updates_due if global_step > args.learning_starts and tape_buffer.episodes else 0):
