@@ -374,6 +374,45 @@ def test_tune_cpu_keeps_single_precision(capability):
         assert done.stdout.startswith("False")
 
 
+@pytest.mark.parametrize(
+    "seconds, error, kept", [(0.9, 0, True), (0.97, 0, False), (1.5, 0, False), (0.5, 1e-2, False), (RuntimeError, 0, False)]
+)
+@pytest.mark.parametrize("before", ["none", "bf16"])
+def test_tune_cpu_permits_what_is_exact_and_faster(monkeypatch, seconds, error, kept, before):
+    """Planted times on a processor that claims AVX-512: a product takes `seconds` with the switch on, 1 with it off."""
+    switch = getattr(torch.backends.mkldnn, "matmul", None)
+    if not hasattr(switch, "fp32_precision"):
+        pytest.skip("PyTorch before 2.9 has no such switch")
+    ways = []
+
+    def time_product(a, b, out):
+        ways.append(switch.fp32_precision)
+        torch.mm(a, b, out=out)
+        if ways[-1] == "ieee":
+            return 1
+        if seconds is RuntimeError:
+            raise RuntimeError("planted")
+        out += error
+        return seconds + len(ways) % 3  # only the best of several counts
+
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(scan, "_time_product", time_product)
+    found, state = switch.fp32_precision, torch.get_rng_state()
+    try:
+        switch.fp32_precision = before
+        if seconds is RuntimeError:
+            with pytest.raises(RuntimeError, match="planted"):
+                scan.tune_cpu()
+        else:
+            assert ("onednn" in scan.tune_cpu()) == kept
+        assert switch.fp32_precision == ("bf16" if kept else before)
+    finally:
+        switch.fp32_precision = found
+    assert len(ways) == 2 or set(ways[::2]) == {"ieee"} and set(ways[1::2]) == {"bf16"}  # by turns
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_chunks_are_crossed():
     """The lengths above are of use only if they span several chunks of the torch backend."""
     assert scan_torch._BASE < 64
