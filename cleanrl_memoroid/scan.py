@@ -13,8 +13,7 @@ plain loop). They share one signature:
     backward(decay, h, begins, h0, grad_h, reverse, need_decay_grad) -> (grad_decay or None, grad_x, grad_h0 or None)
 
 on contiguous x, h, grad_h [T, N, C], decay [N, C] (constant) or [T, N, C], begins bool [T, N] or None, h0 [N, C] or None. A
-backend that says ANY_SHAPE takes x [T, *S], decay *S or [T, *S], begins [T] or [T, N], h0 *S, which saves time in short scans.
-It takes x whose first channel dimensions are 1 where a constant decay's are not, too; last argument of `backward`: x's shape.
+backend that says SHARES_X also takes x [T, 1, C] and begins [T, 1] for all N groups; `backward` then has `shared=True`.
 `tune_cpu()` sets two process-wide switches that matter more to the speed of training on a CPU than the scan does.
 """
 
@@ -63,12 +62,13 @@ def linear_scan(decay, x, begins=None, h0=None, reverse=False, backend="auto"):
     decay, channels = _check(decay, x, begins, h0)
     module = _module(backend, x.device.type)
     steps, shared = x.shape[0], x.shape[1:] != channels
-    if shared and not (backend != "ref" and module.ANY_SHAPE and _can_share(x.shape[1:], channels)):
-        x = x.expand(steps, *channels)
+    if shared and not (getattr(module, "SHARES_X", False) and _can_share(x.shape[1:], channels)):
+        x, shared = x.expand(steps, *channels), False
     full = x.shape if decay.dim() == x.dim() else channels
     decay = decay if decay.shape == full else decay.expand(full)
     h0 = h0 if h0 is None or h0.shape == channels else h0.expand(channels)
     groups = begins.shape[1] if begins is not None and begins.dim() == 2 else 1
+    groups = channels.numel() // x[0].numel() if shared else groups
     rows = (steps, groups, channels.numel() // groups)  # [T, N, C]
     if backend != "ref":
         return _LinearScan.apply(decay, x, begins, h0, reverse, rows, module)
@@ -118,11 +118,11 @@ class _LinearScan(torch.autograd.Function):
     def forward(ctx, decay, x, begins, h0, reverse, rows, module):
         ctx.call, ctx.shapes = (reverse, rows, module), (decay.shape, x.shape, None if h0 is None else h0.shape)
         a, x, begins, h0 = (v if v is None else _plain(v) for v in (decay, x, begins, h0))
-        if not module.ANY_SHAPE:
-            a, x = a.view(rows if a.dim() == x.dim() else rows[1:]), x.view(rows)
-            begins, h0 = (v if v is None else v.view(shape) for v, shape in ((begins, rows[:2]), (h0, rows[1:])))
-        out = module.forward(a, x, begins, h0, reverse)
-        out = out if module.ANY_SHAPE else out.view(ctx.shapes[1])
+        (steps, groups, width), varying, channels = rows, a.dim() == x.dim(), a.shape[a.dim() - x.dim() + 1 :]
+        own_groups = groups if x.shape[1:] == channels else 1
+        a, x = a.view(rows if varying else rows[1:]), x.view(steps, own_groups, width)
+        begins, h0 = (None if v is None else v.view(shape) for v, shape in ((begins, (steps, own_groups)), (h0, rows[1:])))
+        out = module.forward(a, x, begins, h0, reverse).view(steps, *channels)
         ctx.save_for_backward(a, begins, h0, decay, out)
         return out
 
@@ -130,18 +130,14 @@ class _LinearScan(torch.autograd.Function):
     def backward(ctx, grad_out):
         a, begins, h0, decay, out = ctx.saved_tensors
         reverse, rows, module = ctx.call
-        h, grad_h = out.detach(), _plain(grad_out)
-        if not module.ANY_SHAPE:
-            h, grad_h = h.view(rows), grad_h.view(rows)
+        shared = {"shared": True} if ctx.shapes[1] != out.shape else {}
         twice = torch.is_grad_enabled()  # create_graph=True: whoever differentiates again must hear of it
         with torch.no_grad() if twice else contextlib.nullcontext():
-            shape = (ctx.shapes[1],) if module.ANY_SHAPE else ()
-            grads = module.backward(a, h, begins, h0, grad_h, reverse, ctx.needs_input_grad[0], *shape)
+            h, grad_h = out.detach().view(rows), _plain(grad_out).view(rows)
+            grads = module.backward(a, h, begins, h0, grad_h, reverse, ctx.needs_input_grad[0], **shared)
         if twice:
             grads = _Once.apply(decay, out, grad_out, *grads)
-        if not module.ANY_SHAPE:
-            grads = (g if g is None else g.view(shape) for g, shape in zip(grads, ctx.shapes))
-        grad_decay, grad_x, grad_h0 = grads
+        grad_decay, grad_x, grad_h0 = (g if g is None else g.view(shape) for g, shape in zip(grads, ctx.shapes))
         return grad_decay, grad_x, None, grad_h0, None, None, None
 
 
@@ -206,7 +202,7 @@ def _check(decay, x, begins, h0):
 def _can_share(own, channels):
     """Are the dimensions in which x [T, *own] is shared the first ones? Then begins are one per row: [T] or [T, 1]."""
     first = next(i for i in range(len(own), -1, -1) if i == 0 or own[i - 1] != channels[i - 1])
-    return own[:first].numel() == 1
+    return own[:first].numel() == 1 and own.numel() > 0
 
 
 def _check_channels(name, v, x, shape):

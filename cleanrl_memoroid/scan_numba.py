@@ -23,7 +23,7 @@ from llvmlite import ir
 from numba.extending import intrinsic
 from numba.np.arrayobj import populate_array
 
-ANY_SHAPE = True  # of x, see `scan.py`
+SHARES_X = True  # x [T, 1, C] may stand for all N groups, see `scan.py`
 _FUSED = ("contract",)  # permits fused multiply-add and nothing else: nan and inf keep their meaning
 _jit = numba.njit(cache=True, nogil=True, fastmath=set(_FUSED))
 _LINE = 64  # bytes of a cache line
@@ -305,15 +305,15 @@ def forward(decay, x, begins, h0, reverse):
     return h
 
 
-def backward(decay, h, begins, h0, grad_h, reverse, need_decay_grad, x_shape):
+def backward(decay, h, begins, h0, grad_h, reverse, need_decay_grad, shared=False):
     """See `scan.py`."""
-    grad_x, rows = h.new_empty(x_shape), _rows(h)
+    grad_x, rows = torch.empty_like(h[:, :1] if shared else h), _rows(h)
     row, double = (1, rows.shape[1]), _DOUBLE[rows.dtype]
     first = np.zeros(row, rows.dtype) if h0 is None else h0.numpy().reshape(row)
     carry, partial, decay_rows = np.zeros(row, double), np.zeros(row, rows.dtype), _decay_rows(decay, h, double)
     grad_decay = np.zeros(decay_rows.shape if need_decay_grad else (1, 1), double)
     grads = _rows(grad_h), carry, partial, grad_decay, _rows(grad_x)
-    scratch = _scratch(grads[-1]) if x_shape == h.shape else np.empty(row, rows.dtype)
+    scratch = np.empty(row, rows.dtype) if shared else _scratch(grads[-1])
     _backward(decay_rows, rows, _flags(begins), first, *grads, scratch, need_decay_grad, reverse)
     grad_decay = torch.from_numpy(grad_decay).view(decay.shape).to(decay.dtype) if need_decay_grad else None
     return grad_decay, grad_x, None if h0 is None else torch.from_numpy(carry).view(h0.shape).to(h0.dtype)
