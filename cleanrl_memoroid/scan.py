@@ -25,10 +25,12 @@ import importlib.util
 import math
 import sys
 import time
+import warnings
 
 import torch
 import torch.utils._pytree as pytree  # private in name, the one PyTorch itself builds on
 
+from cleanrl_memoroid import scan_torch
 from cleanrl_memoroid.scan_torch import blelloch_scan
 
 _DOUBLE = {  # of the dtypes that a scan takes
@@ -52,7 +54,8 @@ def linear_scan(decay, x, begins=None, h0=None, reverse=False, backend="auto"):
             nor inf, not in values nor in gradients. With `reverse` it marks the first row *in scan order*. None: no resets.
         h0: broadcastable to *S, of x's dtype: the state before the first row in scan order. None: zeros.
         reverse: run from the last row to the first: h[t] = x[t] + decay[t] * (0 if begins[t] else h[t+1]).
-        backend: "auto" (numba on a CPU, triton on CUDA, torch where those are missing), "numba", "triton", "torch" or "ref".
+        backend: "auto" (numba on a CPU, triton on CUDA, torch where those are missing; also torch, after a warning, if numba
+            is installed but fails), "numba", "triton", "torch" or "ref".
     Returns: h, [T, *S] with the longer of S in decay and x, of x's dtype and device. Differentiable once in decay, x and h0
         (twice with backend="ref").
     Raises: ValueError on a wrong shape, dtype, device or backend; the message names the argument and the remedy.
@@ -228,9 +231,11 @@ def _error(name, expected, got, remedy):
 @functools.cache
 def _module(backend, device):
     """The backend's module; "auto" takes the fastest that is installed."""
-    fast = {"cpu": "numba", "cuda": "triton"}.get(device)
     if backend == "auto":
+        fast = {"cpu": "numba", "cuda": "triton"}.get(device)
         backend = fast if fast and importlib.util.find_spec(fast) else "torch"
+        if backend == "numba":
+            return _NumbaOnTrial()
     if backend not in ("numba", "triton", "torch", "ref"):
         raise _error("backend", "'auto', 'numba', 'triton', 'torch' or 'ref'", repr(backend), "'auto' is right for most uses")
     if backend == "numba" and device != "cpu":
@@ -238,6 +243,33 @@ def _module(backend, device):
     if backend in ("numba", "triton") and not importlib.util.find_spec(backend):
         raise _error("backend", "an installed one", repr(backend), f"pip install {backend}, or use 'auto'")
     return importlib.import_module(f"cleanrl_memoroid.scan_{backend}")
+
+
+class _NumbaOnTrial:
+    """The numba backend until it fails, to import, to compile or in whatever else; then plain PyTorch for good."""
+
+    SHARES_X, failed = True, False
+
+    def forward(self, *args):
+        return self._run("forward", *args)
+
+    def backward(self, *args, **kwargs):
+        return self._run("backward", *args, **kwargs)
+
+    def _run(self, name, *args, **kwargs):
+        try:
+            if not self.failed:
+                return getattr(_module("numba", "cpu"), name)(*args, **kwargs)
+        except Exception as error:
+            self.failed = True
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            remedy = "install a numba that fits the installed numpy"
+            if "cannot cache" in reason:
+                remedy = "set NUMBA_CACHE_DIR to a directory that can be written"
+            warnings.warn(
+                f"numba fails, so the scan is plain PyTorch, six times slower; {remedy}. {reason}", RuntimeWarning, 2
+            )
+        return getattr(scan_torch, name)(*args, **kwargs)
 
 
 def tune_cpu():

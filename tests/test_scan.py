@@ -3,6 +3,8 @@
 
 import itertools
 import os
+import re
+import shutil
 import subprocess
 import sys
 
@@ -297,6 +299,67 @@ def test_without_numba_the_torch_backend_serves(monkeypatch):
     assert torch.isfinite(linear_scan(**GOOD)).all()
     with pytest.raises(ValueError, match="^backend: expected an installed one, got 'numba'; pip install numba"):
         linear_scan(**GOOD, backend="numba")
+    scan._module.cache_clear()
+
+
+FIRST_SCANS = """
+import sys, warnings, torch
+from cleanrl_memoroid.scan import linear_scan
+x = torch.ones(3, 2, requires_grad=True)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(3):
+        linear_scan(0.5, x).sum().backward()
+print(len(caught), caught[0].message)
+assert x.grad.tolist() == [[5.25, 5.25], [4.5, 4.5], [3, 3]]
+try:
+    linear_scan(0.5, x, backend="numba")
+except Exception as error:
+    print(type(error).__name__)
+"""
+
+
+@pytest.mark.parametrize("what", ["import", "cache"])
+def test_a_broken_numba_costs_one_warning(tmp_path, what):
+    """A numba that cannot be imported, or finds no place for its cache: plain PyTorch instead, unless numba was asked for."""
+    shutil.copytree(
+        os.path.dirname(scan.__file__), tmp_path / "cleanrl_memoroid", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    if what == "import":
+        (tmp_path / "numba").mkdir()
+        (tmp_path / "numba" / "__init__.py").write_text("raise ImportError('Numba needs NumPy 2.3 or less.')")
+        expected = "1 numba fails.*plain PyTorch.*install a numba.*ImportError: Numba needs NumPy 2.3 or less.\nImportError\n"
+    else:
+        (tmp_path / "cleanrl_memoroid" / "__pycache__").touch()  # a file, where no directory can be made
+        env |= {name: os.devnull for name in ("HOME", "XDG_CACHE_HOME", "NUMBA_CACHE_DIR", "LOCALAPPDATA")}
+        expected = "1 numba fails.*plain PyTorch.*NUMBA_CACHE_DIR.*RuntimeError: cannot cache.*\nRuntimeError\n"
+    done = subprocess.run([sys.executable, "-c", FIRST_SCANS], capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert re.fullmatch(expected, done.stdout), done
+
+
+@pytest.mark.parametrize("name", ["forward", "backward"])
+def test_a_kernel_that_fails_costs_one_warning(monkeypatch, name):
+    """Also in the middle of a graph, of whatever shapes; and for good."""
+    calls = []
+
+    def fail(*args):
+        calls.append(args)
+        raise TypeError("planted")
+
+    cases = [((4,), (4,), ()), ((4, 3), (1, 3), ()), ((4, 3), (1, 3), (1,)), ((4, 3), (4, 3), (4,))]
+    monkeypatch.setattr(scan_numba, "_" + name, fail)
+    scan._module.cache_clear()
+    with pytest.warns(RuntimeWarning, match="numba fails.*plain PyTorch.*TypeError: planted") as caught:
+        for channels, own, groups in cases * 2:
+            decay, _, begins, h0 = make(70, channels, torch.complex128, groups=groups, state=True)
+            inputs = decay, torch.randn(70, *own, dtype=torch.complex128), begins, h0
+            weight = torch.randn(70, *channels, dtype=torch.complex128)
+            expected = outcome(lambda a, x, *v: loop(a, x.expand(-1, *channels), *v, False), inputs, weight)
+            assert_equal(outcome(linear_scan, inputs, weight), expected, 1e-12)
+    assert len(caught) == len(calls) == 1
+    with pytest.raises(TypeError, match="planted"):
+        outcome(lambda *v: linear_scan(*v, backend="numba"), inputs, weight)
     scan._module.cache_clear()
 
 
