@@ -14,7 +14,8 @@ plain loop). They share one signature:
 
 on contiguous x, h, grad_h [T, N, C], decay [N, C] (constant) or [T, N, C], begins bool [T, N] or None, h0 [N, C] or None. A
 backend that says SHARES_X also takes x [T, 1, C] and begins [T, 1] for all N groups; `backward` then has `shared=True`.
-`tune_cpu()` sets two process-wide switches that matter more to the speed of training on a CPU than the scan does.
+`linear_attention` needs the scan between chunks of rows only. `tune_cpu()` sets two process-wide switches that matter more to
+the speed of training on a CPU than the scan does.
 """
 
 import contextlib
@@ -28,9 +29,11 @@ import time
 import warnings
 
 import torch
+import torch.nn.functional as F
 import torch.utils._pytree as pytree  # private in name, the one PyTorch itself builds on
 
 from cleanrl_memoroid import scan_torch
+from cleanrl_memoroid.attention import CHUNK, ChunkedAttention
 from cleanrl_memoroid.scan_torch import blelloch_scan
 
 _DOUBLE = {  # of the dtypes that a scan takes
@@ -78,6 +81,44 @@ def linear_scan(decay, x, begins=None, h0=None, reverse=False, backend="auto"):
     begins, h0 = (None if v is None else v.reshape(shape) for v, shape in ((begins, rows[:2]), (h0, rows[1:])))
     decay = decay.reshape(rows if decay.dim() == x.dim() else rows[1:])
     return module.linear_scan(decay, x.reshape(rows), begins, h0, reverse).reshape(x.shape)
+
+
+def linear_attention(query, key, value, begins):
+    """Row t is query[t] @ S[t], where S[t] is the sum of outer(key[s], value[s]) over the rows s <= t of t's episode.
+
+    The rows are cut into chunks of 32. A row's attention to earlier rows of its chunk is a masked matrix product; all rows
+    before the chunk stand in one memory S [K, V], which `linear_scan` carries from chunk to chunk. The result is exact.
+
+    Args:
+        query, key: [T, K] with T >= 1; float32 or float64. The caller applies the feature map.
+        value: [T, V], of the same dtype. A last column of ones gives the normaliser.
+        begins: bool [T], the first rows of episodes. The masks multiply, so nan, inf or overflow in one episode may reach
+            others of the same chunk: stop at a loss that is not finite, as the scripts do.
+    Returns: [T, V], of query's dtype and device. Differentiable once in query, key and value.
+    Raises: ValueError on a wrong shape, dtype or device; the message names the argument and the remedy.
+    Source: Katharopoulos et al. (2020), "Transformers are RNNs", eq. 18 and 20, the latter's numerator; with a column of ones
+        in value also eq. 19 and the denominator.
+    """
+    if _dtype(query) not in (torch.float32, torch.float64):
+        raise _error("query", "a tensor of float32 or float64", _dtype(query), "convert it with .to()")
+    if query.dim() != 2 or len(query) == 0:
+        raise _error("query", "[T, K] with T >= 1", f"shape {tuple(query.shape)}", "put all rows of a tape in one dimension")
+    steps = len(query)
+    for name, v, dtype, shape in (
+        ("key", key, query.dtype, "[T, K]"), ("value", value, query.dtype, "[T, V]"), ("begins", begins, torch.bool, "[T]"),
+    ):  # fmt: skip
+        if _dtype(v) != dtype:
+            raise _error(name, f"a tensor of {dtype}", _dtype(v), f"convert it with {name}.to({dtype})")
+        if v.dim() != shape.count(",") + 1 or len(v) != steps or (name == "key" and v.shape != query.shape):
+            expected = f"shape {shape} for query [T, K] = {tuple(query.shape)}"
+            raise _error(name, expected, tuple(v.shape), "pass one row for each row of query")
+        _check_device(name, v, query)
+    episode = begins.cumsum(0, dtype=torch.float32)  # a number for each row's episode, exact up to 16 million
+    if pad := -steps % CHUNK:
+        query, key, value = (F.pad(e, (0, 0, 0, pad)) for e in (query, key, value))
+        episode = F.pad(episode, (0, pad), value=steps + 1)
+    chunks = (e.unflatten(0, (-1, CHUNK)) for e in (query, key, value, episode[:, None]))
+    return ChunkedAttention.apply(*chunks, linear_scan).flatten(0, 1)[:steps]
 
 
 def associative_scan(operator, elems, dim=0, reverse=False):

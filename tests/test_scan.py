@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cleanrl_memoroid import scan, scan_numba, scan_torch
-from cleanrl_memoroid.scan import associative_scan, linear_scan
+from cleanrl_memoroid.scan import associative_scan, linear_attention, linear_scan
 
 TOLERANCE = {torch.float32: 3e-6, torch.complex64: 3e-6, torch.float64: 1e-13, torch.complex128: 1e-13}
 SINGLE = {torch.float64: torch.float32, torch.complex128: torch.complex64}
@@ -361,6 +361,66 @@ def test_a_kernel_that_fails_costs_one_warning(monkeypatch, name):
     with pytest.raises(TypeError, match="planted"):
         outcome(lambda *v: linear_scan(*v, backend="numba"), inputs, weight)
     scan._module.cache_clear()
+
+
+# linear attention
+
+
+def attention_loop(query, key, value, begins):
+    rows, memory = [], 0
+    for q, k, v, begin in zip(query, key, value, begins):
+        memory = (0 if begin else memory) + torch.outer(k, v)
+        rows.append(q @ memory)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 31, 32, 33, 64, 65, 100])
+@pytest.mark.parametrize("where", ["none", "0", "edges", "every", "some"])
+def test_linear_attention_equals_loop(steps, where):
+    begins = torch.zeros(steps, dtype=torch.bool)
+    begins[{"none": [], "0": [0], "edges": slice(0, None, 32), "every": slice(None), "some": slice(5, None, 13)}[where]] = True
+    for dtype in (torch.float32, torch.float64):
+        query, key, weight = (torch.randn(steps, size, dtype=dtype) for size in (3, 3, 5))
+        value = torch.randn(steps, 5, dtype=dtype)
+        exact = [e.double() for e in (query, key, value)]
+        expected = outcome(attention_loop, [*exact, begins], weight.double())
+        ours = outcome(linear_attention, [query, key, value, begins], weight)
+        assert ours[0].dtype == dtype
+        for name, a, b in zip(("attention", "grad query", "grad key", "grad value"), ours, expected, strict=True):
+            scale = 1 + b.abs().max()
+            assert (a - b).abs().max() <= 3 * TOLERANCE[dtype] * scale, f"{name}: {(a - b).abs().max() / scale:.1e}"
+
+
+def test_linear_attention_cannot_be_differentiated_twice():
+    query, key, value = (torch.randn(40, 3, requires_grad=True) for _ in range(3))
+    out = linear_attention(query, key, value, torch.zeros(40, dtype=torch.bool))
+    (grad,) = torch.autograd.grad((out**2).sum(), query, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "name, value, expected, got",
+    [
+        ("query", [1.0], "float32 or float64", "list"),
+        ("query", torch.ones(5, 3, dtype=torch.complex64), "float32 or float64", "complex64"),
+        ("query", torch.ones(5), r"\[T, K\]", r"\(5,\)"),
+        ("query", torch.ones(0, 3), "T >= 1", r"\(0, 3\)"),
+        ("key", torch.ones(5, 3, dtype=torch.float64), "float32", "float64"),
+        ("key", torch.ones(5, 2), r"\[T, K\].*\(5, 3\)", r"\(5, 2\)"),
+        ("key", torch.ones(5, 3, device="meta"), "device cpu", "meta"),
+        ("value", None, "float32", "NoneType"),
+        ("value", torch.ones(4, 2), r"\[T, V\]", r"\(4, 2\)"),
+        ("value", torch.ones(5), r"\[T, V\]", r"\(5,\)"),
+        ("begins", torch.zeros(5), "bool", "float32"),
+        ("begins", torch.zeros(5, 1, dtype=torch.bool), r"\[T\]", r"\(5, 1\)"),
+        ("begins", torch.zeros(4, dtype=torch.bool), r"\[T\]", r"\(4,\)"),
+    ],
+)
+def test_linear_attention_errors(name, value, expected, got):
+    good = {"query": torch.ones(5, 3), "key": torch.ones(5, 3), "value": torch.ones(5, 2), "begins": GOOD["begins"]}
+    with pytest.raises(ValueError, match=rf"^{name}: expected.*({expected}).*got.*{got}.*;"):
+        linear_attention(**{**good, name: value})
 
 
 # any monoid
