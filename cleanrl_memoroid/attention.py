@@ -1,8 +1,4 @@
-"""Linear attention over a tape in chunks of rows: what `linear_attention` in `scan.py` computes, and its gradient.
-
-A row sees the earlier rows of its own chunk by a masked matrix product, and all rows before its chunk through the memory that
-the scan carries from chunk to chunk. So the memory [K, V] is never stored for every row, and nearly all work is in products.
-"""
+"""Linear attention in chunks of rows, behind `linear_attention` in `scan.py`: no memory [K, V] is stored for every row."""
 
 import torch
 import torch.nn.functional as F

@@ -86,8 +86,8 @@ def linear_scan(decay, x, begins=None, h0=None, reverse=False, backend="auto"):
 def linear_attention(query, key, value, begins):
     """Row t is query[t] @ S[t], where S[t] is the sum of outer(key[s], value[s]) over the rows s <= t of t's episode.
 
-    The rows are cut into chunks of 32. A row's attention to earlier rows of its chunk is a masked matrix product; all rows
-    before the chunk stand in one memory S [K, V], which `linear_scan` carries from chunk to chunk. The result is exact.
+    Exact, in chunks of 32 rows: a row sees its chunk by a masked matrix product, and what came before by the memory S [K, V]
+    at the chunk's start, which `linear_scan` carries from chunk to chunk.
 
     Args:
         query, key: [T, K] with T >= 1; float32 or float64. The caller applies the feature map.
@@ -96,8 +96,8 @@ def linear_attention(query, key, value, begins):
             others of the same chunk: stop at a loss that is not finite, as the scripts do.
     Returns: [T, V], of query's dtype and device. Differentiable once in query, key and value.
     Raises: ValueError on a wrong shape, dtype or device; the message names the argument and the remedy.
-    Source: Katharopoulos et al. (2020), "Transformers are RNNs", eq. 18 and 20, the latter's numerator; with a column of ones
-        in value also eq. 19 and the denominator.
+    Source: Katharopoulos et al. (2020), "Transformers are RNNs", eq. 18 and the numerator of eq. 20; a column of ones in value
+        adds eq. 19 and the denominator.
     """
     if _dtype(query) not in (torch.float32, torch.float64):
         raise _error("query", "a tensor of float32 or float64", _dtype(query), "convert it with .to()")
@@ -350,14 +350,10 @@ def tune_cpu():
 
 def _permission_pays(switch):
     """Are matrix products exact and at least 5 % faster if lower precision is permitted? Leaves the switch anywhere."""
-
-    def wave(*shape):
-        return torch.sin(torch.arange(float(shape[0] * shape[1]))).reshape(shape)
-
+    wave, ratios = torch.sin(torch.arange(1056.0 * 256)), []
     sizes = (16, 128, 128), (64, 128, 256), (512, 128, 128), (1056, 256, 256)  # rows, inputs, outputs: acting, updates
-    pairs = [(wave(rows, inputs), wave(outputs, inputs).t()) for rows, inputs, outputs in sizes]
-    pairs.append((wave(512, 128).t(), wave(512, 128)))  # the gradient of a weight
-    ratios = []
+    pairs = [(wave[: m * k].view(m, k), wave[: n * k].view(n, k).t()) for m, k, n in sizes]
+    pairs.append((pairs[2][0].t(), pairs[2][0]))  # the gradient of a weight
     for a, b in pairs:
         best, product = {"ieee": math.inf, "bf16": math.inf}, a.new_empty(len(a), b.shape[1])
         for way in list(best) * (3 if len(a) > 1000 else 10):  # by turns, so that a busy machine slows both

@@ -85,26 +85,6 @@ def test_backend_equals_loop(backend, steps):
             assert_equal(ours, expected, TOLERANCE[SINGLE[dtype]] * 10)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64, torch.complex128])
-def test_numba_past_the_cache_equals_through_it(monkeypatch, dtype):
-    """A long output goes to memory by another road. The values are the same to the last bit."""
-    kind = torch.complex128 if dtype.is_complex else torch.float64
-    for channels, groups, *rest in itertools.product([(64,), (4, 32), (4, 5)], [None, (), (4,)], *[[False, True]] * 3):
-        if groups == (4,) and channels == (64,):
-            continue
-        varying, state, reverse = rest
-        inputs = [
-            v if v is None or v.dtype == torch.bool else v.to(dtype) for v in make(70, channels, kind, varying, groups, state)
-        ]
-        weight = torch.randn(70, *channels, dtype=dtype)
-        run = lambda *v: linear_scan(*v, reverse=reverse, backend="numba")  # noqa: E731
-        expected = outcome(run, inputs, weight)
-        monkeypatch.setattr(scan_numba, "_PAST_CACHE", 0)
-        assert len(scan_numba._scratch(weight.numpy().reshape(70, -1))) == (channels != (4, 5))
-        assert_equal(outcome(run, inputs, weight), expected, 0)
-        monkeypatch.undo()
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("where", ["first row", "last row", "every row"])
 def test_begin_at_the_edges(backend, where):
@@ -133,12 +113,9 @@ def test_broadcast_decay(backend):
     assert_equal([number], [loop(torch.full((3,), 0.5, dtype=torch.float64), x, begins, None, False)], 1e-13)
 
 
-@pytest.mark.parametrize("past_cache", [False, True])
 @pytest.mark.parametrize("backend", [*BACKENDS, "ref"])
-def test_channels_share_x(monkeypatch, backend, past_cache):
+def test_channels_share_x(backend):
     """x is 1 where a constant decay is longer: as if it were expanded, its gradient summed; wherever that dimension stands."""
-    if past_cache:
-        monkeypatch.setattr(scan_numba, "_PAST_CACHE", 0)
     shapes = [((4, 16), (1, 16)), ((2, 3, 5), (1, 1, 5)), ((4, 3), (4, 1)), ((4, 1, 3), (1, 1, 3)), ((5,), (1,))]
     shapes += [((2, 3, 8), (1, 3, 8)), ((2, 3, 8), (2, 1, 8)), ((1, 3), (1, 1)), ((3, 2), (1, 1))]
     for (channels, own), dtype, groups, *rest in itertools.product(shapes, TOLERANCE, [None, (), (1,)], *[[False, True]] * 2):
