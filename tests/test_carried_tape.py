@@ -100,10 +100,10 @@ def test_the_tape_is_the_policy_that_acted(agent, max_prefix):
     state = agent.memory.initial_state(ENVS)
     tape = script_of(agent).CarriedTape(np.zeros((STEPS, ENVS, OBS), np.float32), state)
     lengths = [0] * ENVS
-    for obs, begins, next_begins in random_rollouts(5):
+    for obs, begins, next_begins in random_rollouts(4):
         acted, state = act(agent, obs, begins, state)
         tape.add(obs, begins)
-        for envs in ([0, 1, 2, 3], [2, 0], [3]):
+        for envs in ([0, 1, 2, 3], [2, 0]):
             sections = tape.sections(envs, STEPS)
             assert len(sections.obs) % 64 == 0 and len(sections.loss_rows) == STEPS * len(envs)
             with torch.no_grad():

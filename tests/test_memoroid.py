@@ -244,9 +244,8 @@ def test_no_gradient_across_a_begin(memory, road):
     assert (grad[11:14].abs().sum(1) > 1e-6).all()
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e30])
 @pytest.mark.parametrize("rows", [[2], [50], [0], [99], [33, 69, 98], [63, 64]])
-def test_a_broken_observation_changes_nothing_in_other_episodes(memory, road, rows, value):
+def test_a_broken_observation_changes_nothing_in_other_episodes(memory, road, rows):
     """Values and gradients there are, to the last bit, those of a tape with a sound observation in its place."""
     skip_if_nan_spreads(memory, road)
     begins, obs = begins_at(LONG_BEGINS, 100), torch.randn(100, 6)
@@ -254,11 +253,12 @@ def test_a_broken_observation_changes_nothing_in_other_episodes(memory, road, ro
     others = ~torch.isin(episode, episode[rows])
     weight = torch.randn_like(memory(obs, begins)) * others[:, None]
     sound = values_and_gradients(memory, obs, begins, weight=weight)
-    obs[rows, 2] = value  # in one place: an infinite one leaves some of a product's results infinite, not nan
-    broken = values_and_gradients(memory, obs, begins, weight=weight)
-    for a, b in zip(broken[:2], sound[:2]):  # a parameter's gradient sums over all rows, and 0 * nan is nan
-        assert torch.isfinite(b).all()
-        torch.testing.assert_close(a[others], b[others], rtol=0, atol=0)
+    for value in (torch.nan, torch.inf, -torch.inf, 1e30):
+        obs[rows, 2] = value  # in one place: an infinite one leaves some of a product's results infinite, not nan
+        broken = values_and_gradients(memory, obs, begins, weight=weight)
+        for a, b in zip(broken[:2], sound[:2]):  # a parameter's gradient sums over all rows, and 0 * nan is nan
+            assert torch.isfinite(b).all()
+            torch.testing.assert_close(a[others], b[others], rtol=0, atol=0, msg=lambda text, v=value: f"{v}: {text}")
 
 
 def test_first_observation_reaches_the_end_of_a_long_episode(memory, road):

@@ -143,7 +143,7 @@ def make(name):
 
 
 @pytest.mark.parametrize("road", ROADS)
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("name", MEMORIES)
 def test_values_and_gradients_are_those_of_the_paper(name, seed, road, monkeypatch):
     torch.manual_seed(seed)
