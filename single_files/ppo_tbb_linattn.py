@@ -366,7 +366,9 @@ if __name__ == "__main__":
             raise ValueError(f"--{'resume' if args.resume else 'evaluate'}: expected a file {path}, got none; see `ls runs`")
         # a checkpoint is a pickle, which may run any code: resume only your own. A model is data, and can be shared
         saved = torch.load(path, map_location="cpu" if args.evaluate else None, weights_only=not args.resume)
-        args = tyro.cli(Args, default=Args(**saved["args"]))  # the run's own flags, unless the command line gives others
+        # the run's own flags, unless the command line gives others; tyro would ask for changes of a full dict in another form
+        args = tyro.cli(Args, default=Args(**{**saved["args"], "env_kwargs": {}}))
+        args.env_kwargs = args.env_kwargs or saved["args"]["env_kwargs"]
     least = dict.fromkeys(("num_envs", "num_steps", "num_minibatches", "update_epochs"), 1) | {"max_prefix": 0}
     for name, low in {**least, "eval_episodes": 1 if args.evaluate else 0}.items():
         if getattr(args, name) < low:

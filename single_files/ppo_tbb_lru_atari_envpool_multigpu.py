@@ -421,7 +421,9 @@ if __name__ == "__main__":
         # a checkpoint is a pickle, which may run any code: resume only your own. A model is data, and can be shared
         place = {"cuda:0": f"cuda:{local_rank}"} if args.resume else "cpu"
         saved = torch.load(path, map_location=place, weights_only=not args.resume)
-        args = tyro.cli(Args, default=Args(**saved["args"]))  # the run's own flags, unless the command line gives others
+        # the run's own flags, unless the command line gives others; tyro would ask for changes of a full dict in another form
+        args = tyro.cli(Args, default=Args(**{**saved["args"], "env_kwargs": {}}))
+        args.env_kwargs = args.env_kwargs or saved["args"]["env_kwargs"]
     least = dict.fromkeys(("num_envs", "num_steps", "num_minibatches", "update_epochs"), 1) | {"max_prefix": 0}
     for name, low in {**least, "eval_episodes": 1 if args.evaluate else 0}.items():
         if getattr(args, name) < low:

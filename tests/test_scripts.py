@@ -148,6 +148,17 @@ def test_a_resumed_run_takes_the_flags_that_it_is_given(finished, tmp_path, scri
     assert [k for k, v in model(finished(script)[0]).items() if not torch.equal(v, model(tmp_path)[k])], name
 
 
+def test_evaluation_takes_the_flags_that_it_is_given_and_else_those_of_the_run(tmp_path):
+    kwargs = "--env-id counting_env:Counting-v0 --env-kwargs reward 2".split()
+    flags = [*SCRIPTS["dqn_tbb_ffm"].flags.split(), *kwargs, "--total-timesteps", "500"]
+    run(tmp_path, *flags)
+    found = [
+        last_return(run(tmp_path, "--evaluate", run_folder(tmp_path), *more)) for more in ((), ("--env-kwargs", "reward", 4))
+    ]
+    assert found[1] == 2 * found[0] > 0
+    assert last_return(run(tmp_path, "--evaluate", run_folder(tmp_path), "--env-id", "counting_env:Both-v0")) == found[0]
+
+
 @pytest.mark.parametrize("script", ["dqn_tbb_ffm", "ppo_tbb_lru"])
 def test_an_environment_that_cannot_be_saved_resumes_with_new_episodes(tmp_path, script):
     flags = ["--env-id", "counting_env:Unpicklable-v0", *SCRIPTS[script].flags.split()]
