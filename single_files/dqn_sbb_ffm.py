@@ -48,7 +48,7 @@ class Args:
     capture_video: bool = False  # if toggled, record an episode of the evaluation in `videos/`
     eval_episodes: int = 100  # number of greedy episodes after training and with --evaluate; 0: none (episodes)
     checkpoint_interval: int = 10_000  # environment steps between checkpoints, for --resume; 0: none (steps)
-    resume: str | None = None  # run directory, `runs/...`: continue that run, under its own flags unless given again
+    resume: str | None = None  # run directory: continue it, under its flags unless given again; it can run code: only yours
     evaluate: str | None = None  # run directory: play greedy episodes with its trained model, and exit
 
     # Algorithm specific arguments
@@ -333,10 +333,8 @@ if __name__ == "__main__":
         path = f"{run_dir}/{'checkpoint.pt' if args.resume else 'model.pt'}"
         if not os.path.isfile(path):
             raise ValueError(f"--{'resume' if args.resume else 'evaluate'}: expected a file {path}, got none; see `ls runs`")
-        # a checkpoint is a pickle, which may run any code: resume only your own. A model is data, and can be shared
         saved = torch.load(path, map_location="cpu" if args.evaluate else None, weights_only=not args.resume)
-        # the run's own flags, unless the command line gives others; tyro would ask for changes of a full dict in another form
-        args = tyro.cli(Args, default=Args(**{**saved["args"], "env_kwargs": {}}))
+        args = tyro.cli(Args, default=Args(**{**saved["args"], "env_kwargs": {}}))  # the run's own flags, unless given again
         args.env_kwargs = args.env_kwargs or saved["args"]["env_kwargs"]
     for name in ["num_envs", "batch_size", "train_frequency", "total_timesteps"] + ["eval_episodes"] * bool(args.evaluate):
         if getattr(args, name) < 1:
