@@ -107,9 +107,11 @@ def test_the_tape_is_the_policy_that_acted(agent, max_prefix):
             sections = tape.sections(envs, STEPS)
             assert len(sections.obs) % 64 == 0 and len(sections.loss_rows) == STEPS * len(envs)
             with torch.no_grad():
-                policy, value, _ = agent(sections)
+                policy, value, after = agent(sections)
             rows = np.concatenate([np.arange(i * STEPS, (i + 1) * STEPS) for i in envs])
             torch.testing.assert_close(outputs(policy, value), acted[rows], rtol=1e-5, atol=1e-5)
+            if after is not None:  # the baseline has no use for it
+                torch.testing.assert_close(after, state[envs], rtol=1e-5, atol=1e-5)
         carried = tape.carry(next_begins, state, max_prefix, agent)
         going_on = ~torch.from_numpy(next_begins)
         torch.testing.assert_close(carried[going_on], state[going_on], rtol=1e-5, atol=1e-5)
@@ -271,15 +273,15 @@ def test_a_policy_over_choices_is_that_of_its_parts(space):
 @torch.no_grad()
 def test_actions_are_drawn_with_the_probabilities_of_the_policy():
     """Each pair of choices as often as its two probabilities say, and no choice that a part lacks."""
-    agent, draws = make("ppo_tbb_ffm"), 100_000
-    agent.actor.weight.mul_(20)
+    agent, draws = make("ppo_tbb_ffm", gym.spaces.MultiDiscrete([5, 2])), 100_000
+    agent.actor.weight.mul_(10)
     policy, _ = agent.heads(torch.randn(1, 8).expand(draws, -1))
     rng, device = np.random.default_rng(0), torch.device("cpu")
     _, action = training_loop(script_of(agent), "noise", "action", policy=policy, rng=rng, device=device)
     assert action.shape == (draws, 2)
-    probability = policy[0, 0].exp()[:, None] * policy[0, 1].exp()  # of the pairs; the second part has two choices of three
-    counts = torch.bincount(action[:, 0] * 3 + action[:, 1], minlength=9).view(3, 3)
-    assert (counts[:, 2] == 0).all() and probability.max() > 2 * probability[:, :2].min()
+    probability = policy[0, 0].exp()[:, None] * policy[0, 1].exp()  # of the pairs; the second part has two choices of five
+    counts = torch.bincount(action[:, 0] * 5 + action[:, 1], minlength=25).view(5, 5)
+    assert (counts[:, 2:] == 0).all() and probability.max() > 2 * probability[:, :2].min()
     torch.testing.assert_close(counts / draws, probability, rtol=0, atol=0.005)
 
 
