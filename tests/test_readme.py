@@ -55,8 +55,12 @@ def test_commands_use_flags_that_the_scripts_have():
 
 
 @pytest.mark.parametrize("name, code", blocks("python"))
-def test_python_of_the_pages_runs(name, code):
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+def test_python_of_the_pages_runs(tmp_path, name, code):
+    """In a folder with the scripts that the page says to copy there, and no others."""
+    page = "".join(page.read_text() for page in PAGES if page.name == name)
+    for script in re.findall(r"`cp (single_files/\w+\.py) ", page):
+        shutil.copy(ROOT / script, tmp_path)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 
