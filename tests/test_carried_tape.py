@@ -289,11 +289,11 @@ def test_a_gaussian_policy_is_that_of_torch():
     """Log-probability, entropy and their gradients are those of Normal, and so are mean and spread of what is drawn."""
     agent = make("ppo_tbb_lru_continuous_action")
     script = script_of(agent)
+    with torch.no_grad():
+        agent.actor_logstd.copy_(torch.tensor([-1.0, 0.7]))  # otherwise it begins at zero
     policy, values = agent.heads(torch.randn(6, 8))
     mean, logstd = policy
-    with torch.no_grad():
-        logstd.copy_(torch.tensor([-1.0, 0.7]))  # otherwise it begins at zero
-    assert values.shape == (6,) and mean.shape == (6, 2) and logstd.shape == (2,)
+    assert values.shape == (6,) and mean.shape == logstd.shape == (6, 2)
     normal, actions = torch.distributions.Normal(mean, logstd.exp()), torch.randn(6, 2)
     (entropy,) = training_loop(script, "entropy_loss", policy=policy)
     pairs = [(script.log_prob(policy, actions), normal.log_prob(actions).sum(-1)), (entropy, normal.entropy().sum(-1).mean())]
@@ -302,11 +302,11 @@ def test_a_gaussian_policy_is_that_of_torch():
         grads = (torch.autograd.grad(v.sum(), agent.actor_logstd, retain_graph=True) for v in (ours, theirs))
         torch.testing.assert_close(*grads)
     with torch.no_grad():
-        many = mean[:1].expand(100_000, -1), logstd
+        many = mean[:1].expand(100_000, -1), logstd[:1].expand(100_000, -1)
         _, action = training_loop(script, "noise", "action", policy=many, rng=np.random.default_rng(0), device="cpu")
         assert action.dtype == torch.float32
         torch.testing.assert_close(action.mean(0), mean[0], rtol=0, atol=0.03)
-        torch.testing.assert_close(action.std(0), logstd.exp(), rtol=0.02, atol=0)
+        torch.testing.assert_close(action.std(0), logstd[0].exp(), rtol=0.02, atol=0)
         assert abs(torch.corrcoef(action.T)[0, 1]) < 0.02
 
 
