@@ -95,7 +95,7 @@ def read_record(path, root):
     row = {name: record[name] for name in ("key", "arm")} | {"memory": memory, "batching": batches}
     row |= {name: record[name] for name in ("env_id", "env_kwargs", "seed", "total_timesteps", "state")}
     row |= dict.fromkeys(RESULTS, "")
-    row |= {"seconds": f"{record['seconds']:.1f}" if record["seconds"] else "", "start_up": ""}
+    row |= {name: f"{record[name]:.1f}" if record.get(name) else "" for name in ("seconds", "cpu_seconds")} | {"start_up": ""}
     row |= {name: record.get(name) for name in ("exit_status", "device", "workers", "started", "resumed", "commit", "dirty")}
     row["versions"] = ", ".join(f"{name} {version}" for name, version in (record.get("versions") or {}).items())
     row["command"] = portable_command(record["command"], root) if record.get("command") else ""

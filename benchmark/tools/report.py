@@ -149,10 +149,10 @@ def race_table(rows):
 
 def run_table(rows, name):
     """A row per environment, arm and budget: every seed's return, and when its mean training return was first 0.5."""
-    table = []
+    table, clock = [], "cpu_seconds" if all(row.get("cpu_seconds") for row in rows if row["state"] == "done") else "seconds"
     for cell in grouped(rows, lambda r: (task_name(r), r["arm"], steps_text([r]))).values():
         done = [row for row in cell if row["state"] == "done"]
-        seconds = [float(row["seconds"]) for row in done]
+        seconds = [float(row[clock]) for row in done]
         table.append(
             {
                 "environment": task_name(cell[0]),
@@ -163,7 +163,9 @@ def run_table(rows, name):
                 "trains at 0.5 from (thousand steps)": ", ".join(
                     f"{int(row['steps_to_half']) / 1000:.3g}" if row["steps_to_half"] else "never" for row in done
                 ),
-                "seconds per run": f"{min(seconds):.0f} to {max(seconds):.0f}" if done else "",
+                f"{clock.replace('_', ' ').replace('cpu', 'CPU')} per run": f"{min(seconds):.0f} to {max(seconds):.0f}"
+                if done
+                else "",
             }
         )
     columns = [column for column in table[0] if column != "arm" or any(row["arm"] for row in table)]
