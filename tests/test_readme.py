@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from scripts import ROOT, run
 
 PAGES = [ROOT / "README.md", ROOT / "benchmark" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"```(\w+)\n(.*?)```", re.DOTALL)
@@ -34,34 +34,38 @@ def test_links_and_files_exist(page):
         assert (ROOT / path).exists(), path
 
 
-def test_commands_use_flags_that_the_scripts_have():
+def test_commands_use_flags_that_the_scripts_have(tmp_path):
     """Every `python some/script.py --flag` in the pages and in benchmark/learn/*.sh."""
     texts = [code for _, code in blocks("bash")] + [path.read_text() for path in (ROOT / "benchmark" / "learn").glob("*.sh")]
     used = {}
     for line in "\n".join(texts).replace("\\\n", " ").splitlines():
-        line = re.sub(r"benchmark/probes/ablate\.py [\w= ]*", "", line)  # the flags are the other script's
-        for found in re.findall(r"((?:single_files|benchmark/\w+)/\w+\.py|my_agent\.py)", line)[
-            :1
-        ]:  # others are its arguments
-            script = found.replace("my_agent.py", "single_files/dqn_tbb_ffm.py")
-            flags = line.split("#")[0].partition(found)[2]  # those before it are torchrun's
+        line = re.sub(r"benchmark/probes/ablate\.py (?:[\w=]+ )+", "", line)  # the flags are the other script's
+        scripts = re.findall(r"((?:single_files|benchmark/\w+)/\w+\.py|my_agent\.py)", line)
+        if scripts:  # others are its arguments
+            script = scripts[0].replace("my_agent.py", "single_files/dqn_tbb_ffm.py")
+            flags = line.split("#")[0].partition(scripts[0])[2]  # those before it are torchrun's
             used.setdefault(script, set()).update(re.findall(r"\s--([a-z-]+)", flags))
     assert "resume" in used["single_files/dqn_tbb_ffm.py"]
     for script, flags in used.items():
-        shown = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True)
-        assert shown.returncode == 0, shown.stderr
+        if script.startswith("single_files"):
+            shown = run(tmp_path, "--help", script=ROOT / script)
+        else:
+            shown = subprocess.run(
+                [sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True
+            ).stdout
         for flag in flags:
-            assert f"--{flag}" in shown.stdout, f"{script} --{flag}"
+            assert f"--{flag}" in shown, f"{script} --{flag}"
 
 
 @pytest.mark.parametrize("name, code", blocks("python"))
-def test_python_of_the_pages_runs(tmp_path, name, code):
+def test_python_of_the_pages_runs(tmp_path, monkeypatch, name, code):
     """In a folder with the scripts that the page says to copy there, and no others."""
     page = "".join(page.read_text() for page in PAGES if page.name == name)
     for script in re.findall(r"`cp (single_files/\w+\.py) ", page):
         shutil.copy(ROOT / script, tmp_path)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    (tmp_path / "page.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    run(tmp_path, script=tmp_path / "page.py")
 
 
 def test_report_reproduces_the_pages(tmp_path):
