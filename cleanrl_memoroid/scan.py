@@ -13,9 +13,9 @@ plain loop). They share one signature:
     backward(decay, h, begins, h0, grad_h, reverse, need_decay_grad) -> (grad_decay or None, grad_x, grad_h0 or None)
 
 on contiguous x, h, grad_h [T, N, C], decay [N, C] (constant) or [T, N, C], begins bool [T, N] or None, h0 [N, C] or None. A
-backend that says ANY_SHAPE takes x [T, *S], decay *S or [T, *S], begins [T] or [T, N], h0 *S, which saves time in short scans.
-It takes x whose first channel dimensions are 1 where a constant decay's are not, too; last argument of `backward`: x's shape.
-`tune_cpu()` sets two process-wide switches that matter more to the speed of training on a CPU than the scan does.
+backend that says SHARES_X also takes x [T, 1, C] and begins [T, 1] for all N groups; `backward` then has `shared=True`.
+`linear_attention` needs the scan between chunks of rows only. `tune_cpu()` sets two process-wide switches that matter more to
+the speed of training on a CPU than the scan does.
 """
 
 import contextlib
@@ -23,11 +23,17 @@ import ctypes
 import functools
 import importlib
 import importlib.util
+import math
 import sys
+import time
+import warnings
 
 import torch
+import torch.nn.functional as F
 import torch.utils._pytree as pytree  # private in name, the one PyTorch itself builds on
 
+from cleanrl_memoroid import scan_torch
+from cleanrl_memoroid.attention import CHUNK, ChunkedAttention
 from cleanrl_memoroid.scan_torch import blelloch_scan
 
 _DOUBLE = {  # of the dtypes that a scan takes
@@ -51,7 +57,8 @@ def linear_scan(decay, x, begins=None, h0=None, reverse=False, backend="auto"):
             nor inf, not in values nor in gradients. With `reverse` it marks the first row *in scan order*. None: no resets.
         h0: broadcastable to *S, of x's dtype: the state before the first row in scan order. None: zeros.
         reverse: run from the last row to the first: h[t] = x[t] + decay[t] * (0 if begins[t] else h[t+1]).
-        backend: "auto" (numba on a CPU, triton on CUDA, torch where those are missing), "numba", "triton", "torch" or "ref".
+        backend: "auto" (numba on a CPU, triton on CUDA, torch where those are missing; also torch, after a warning, if numba
+            is installed but fails), "numba", "triton", "torch" or "ref".
     Returns: h, [T, *S] with the longer of S in decay and x, of x's dtype and device. Differentiable once in decay, x and h0
         (twice with backend="ref").
     Raises: ValueError on a wrong shape, dtype, device or backend; the message names the argument and the remedy.
@@ -61,18 +68,57 @@ def linear_scan(decay, x, begins=None, h0=None, reverse=False, backend="auto"):
     decay, channels = _check(decay, x, begins, h0)
     module = _module(backend, x.device.type)
     steps, shared = x.shape[0], x.shape[1:] != channels
-    if shared and not (backend != "ref" and module.ANY_SHAPE and _can_share(x.shape[1:], channels)):
-        x = x.expand(steps, *channels)
+    if shared and not (getattr(module, "SHARES_X", False) and _can_share(x.shape[1:], channels)):
+        x, shared = x.expand(steps, *channels), False
     full = x.shape if decay.dim() == x.dim() else channels
     decay = decay if decay.shape == full else decay.expand(full)
     h0 = h0 if h0 is None or h0.shape == channels else h0.expand(channels)
     groups = begins.shape[1] if begins is not None and begins.dim() == 2 else 1
+    groups = channels.numel() // x[0].numel() if shared else groups
     rows = (steps, groups, channels.numel() // groups)  # [T, N, C]
     if backend != "ref":
         return _LinearScan.apply(decay, x, begins, h0, reverse, rows, module)
     begins, h0 = (None if v is None else v.reshape(shape) for v, shape in ((begins, rows[:2]), (h0, rows[1:])))
     decay = decay.reshape(rows if decay.dim() == x.dim() else rows[1:])
     return module.linear_scan(decay, x.reshape(rows), begins, h0, reverse).reshape(x.shape)
+
+
+def linear_attention(query, key, value, begins):
+    """Row t is query[t] @ S[t], where S[t] is the sum of outer(key[s], value[s]) over the rows s <= t of t's episode.
+
+    Exact, in chunks of 32 rows: a row sees its chunk by a masked matrix product, and what came before by the memory S [K, V]
+    at the chunk's start, which `linear_scan` carries from chunk to chunk.
+
+    Args:
+        query, key: [T, K] with T >= 1; float32 or float64. The caller applies the feature map.
+        value: [T, V], of the same dtype. A last column of ones gives the normaliser.
+        begins: bool [T], the first rows of episodes. The masks multiply, so nan, inf or overflow in one episode may reach
+            others of the same chunk: stop at a loss that is not finite, as the scripts do.
+    Returns: [T, V], of query's dtype and device. Differentiable once in query, key and value.
+    Raises: ValueError on a wrong shape, dtype or device; the message names the argument and the remedy.
+    Source: Katharopoulos et al. (2020), "Transformers are RNNs", eq. 18 and the numerator of eq. 20; a column of ones in value
+        adds eq. 19 and the denominator.
+    """
+    if _dtype(query) not in (torch.float32, torch.float64):
+        raise _error("query", "a tensor of float32 or float64", _dtype(query), "convert it with .to()")
+    if query.dim() != 2 or len(query) == 0:
+        raise _error("query", "[T, K] with T >= 1", f"shape {tuple(query.shape)}", "put all rows of a tape in one dimension")
+    steps = len(query)
+    for name, v, dtype, shape in (
+        ("key", key, query.dtype, "[T, K]"), ("value", value, query.dtype, "[T, V]"), ("begins", begins, torch.bool, "[T]"),
+    ):  # fmt: skip
+        if _dtype(v) != dtype:
+            raise _error(name, f"a tensor of {dtype}", _dtype(v), f"convert it with {name}.to({dtype})")
+        if v.dim() != shape.count(",") + 1 or len(v) != steps or (name == "key" and v.shape != query.shape):
+            expected = f"shape {shape} for query [T, K] = {tuple(query.shape)}"
+            raise _error(name, expected, tuple(v.shape), "pass one row for each row of query")
+        _check_device(name, v, query)
+    episode = begins.cumsum(0, dtype=torch.float32)  # a number for each row's episode, exact up to 16 million
+    if pad := -steps % CHUNK:
+        query, key, value = (F.pad(e, (0, 0, 0, pad)) for e in (query, key, value))
+        episode = F.pad(episode, (0, pad), value=steps + 1)
+    chunks = (e.unflatten(0, (-1, CHUNK)) for e in (query, key, value, episode[:, None]))
+    return ChunkedAttention.apply(*chunks, linear_scan).flatten(0, 1)[:steps]
 
 
 def associative_scan(operator, elems, dim=0, reverse=False):
@@ -116,11 +162,11 @@ class _LinearScan(torch.autograd.Function):
     def forward(ctx, decay, x, begins, h0, reverse, rows, module):
         ctx.call, ctx.shapes = (reverse, rows, module), (decay.shape, x.shape, None if h0 is None else h0.shape)
         a, x, begins, h0 = (v if v is None else _plain(v) for v in (decay, x, begins, h0))
-        if not module.ANY_SHAPE:
-            a, x = a.view(rows if a.dim() == x.dim() else rows[1:]), x.view(rows)
-            begins, h0 = (v if v is None else v.view(shape) for v, shape in ((begins, rows[:2]), (h0, rows[1:])))
-        out = module.forward(a, x, begins, h0, reverse)
-        out = out if module.ANY_SHAPE else out.view(ctx.shapes[1])
+        (steps, groups, width), varying, channels = rows, a.dim() == x.dim(), a.shape[a.dim() - x.dim() + 1 :]
+        own_groups = groups if x.shape[1:] == channels else 1
+        a, x = a.view(rows if varying else rows[1:]), x.view(steps, own_groups, width)
+        begins, h0 = (None if v is None else v.view(shape) for v, shape in ((begins, (steps, own_groups)), (h0, rows[1:])))
+        out = module.forward(a, x, begins, h0, reverse).view(steps, *channels)
         ctx.save_for_backward(a, begins, h0, decay, out)
         return out
 
@@ -128,18 +174,14 @@ class _LinearScan(torch.autograd.Function):
     def backward(ctx, grad_out):
         a, begins, h0, decay, out = ctx.saved_tensors
         reverse, rows, module = ctx.call
-        h, grad_h = out.detach(), _plain(grad_out)
-        if not module.ANY_SHAPE:
-            h, grad_h = h.view(rows), grad_h.view(rows)
+        shared = {"shared": True} if ctx.shapes[1] != out.shape else {}
         twice = torch.is_grad_enabled()  # create_graph=True: whoever differentiates again must hear of it
         with torch.no_grad() if twice else contextlib.nullcontext():
-            shape = (ctx.shapes[1],) if module.ANY_SHAPE else ()
-            grads = module.backward(a, h, begins, h0, grad_h, reverse, ctx.needs_input_grad[0], *shape)
+            h, grad_h = out.detach().view(rows), _plain(grad_out).view(rows)
+            grads = module.backward(a, h, begins, h0, grad_h, reverse, ctx.needs_input_grad[0], **shared)
         if twice:
             grads = _Once.apply(decay, out, grad_out, *grads)
-        if not module.ANY_SHAPE:
-            grads = (g if g is None else g.view(shape) for g, shape in zip(grads, ctx.shapes))
-        grad_decay, grad_x, grad_h0 = grads
+        grad_decay, grad_x, grad_h0 = (g if g is None else g.view(shape) for g, shape in zip(grads, ctx.shapes))
         return grad_decay, grad_x, None, grad_h0, None, None, None
 
 
@@ -204,7 +246,7 @@ def _check(decay, x, begins, h0):
 def _can_share(own, channels):
     """Are the dimensions in which x [T, *own] is shared the first ones? Then begins are one per row: [T] or [T, 1]."""
     first = next(i for i in range(len(own), -1, -1) if i == 0 or own[i - 1] != channels[i - 1])
-    return own[:first].numel() == 1
+    return own[:first].numel() == 1 and own.numel() > 0
 
 
 def _check_channels(name, v, x, shape):
@@ -230,9 +272,11 @@ def _error(name, expected, got, remedy):
 @functools.cache
 def _module(backend, device):
     """The backend's module; "auto" takes the fastest that is installed."""
-    fast = {"cpu": "numba", "cuda": "triton"}.get(device)
     if backend == "auto":
+        fast = {"cpu": "numba", "cuda": "triton"}.get(device)
         backend = fast if fast and importlib.util.find_spec(fast) else "torch"
+        if backend == "numba":
+            return _NumbaOnTrial()
     if backend not in ("numba", "triton", "torch", "ref"):
         raise _error("backend", "'auto', 'numba', 'triton', 'torch' or 'ref'", repr(backend), "'auto' is right for most uses")
     if backend == "numba" and device != "cpu":
@@ -242,17 +286,47 @@ def _module(backend, device):
     return importlib.import_module(f"cleanrl_memoroid.scan_{backend}")
 
 
+class _NumbaOnTrial:
+    """The numba backend until it fails, to import, to compile or in whatever else; then plain PyTorch for good."""
+
+    SHARES_X, failed = True, False
+
+    def forward(self, *args):
+        return self._run("forward", *args)
+
+    def backward(self, *args, **kwargs):
+        return self._run("backward", *args, **kwargs)
+
+    def _run(self, name, *args, **kwargs):
+        try:
+            if not self.failed:
+                return getattr(_module("numba", "cpu"), name)(*args, **kwargs)
+        except Exception as error:
+            self.failed = True
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            remedy = "install a numba that fits the installed numpy"
+            if "cannot cache" in reason:
+                remedy = "set NUMBA_CACHE_DIR to a directory that can be written"
+            warnings.warn(
+                f"numba fails, so the scan is plain PyTorch, six times slower; {remedy}. {reason}", RuntimeWarning, 2
+            )
+        return getattr(scan_torch, name)(*args, **kwargs)
+
+
 def tune_cpu():
-    """Two settings for the whole process that make training on a CPU up to twice as fast. Call it before the first tensor.
+    """Two settings for the whole process that can double the speed of training on a CPU. Call it before the first tensor.
 
     1. glibc hands large blocks back to the system when they are freed, and every new tensor pays a page fault per 4 KB:
        cloning 32 MB runs at an eighth of the memory's speed. With raised thresholds freed memory stays with the process,
        which then holds on to its peak. On Linux with glibc only.
-    2. MKL runs single-precision matrix products at half speed on AMD processors with AVX-512, oneDNN at full speed. PyTorch
-       hands them to oneDNN if lower precision is *permitted*; a processor without matrix units for it still computes in full
-       single precision. Kept only if a trial product is that exact; elsewhere, and before PyTorch 2.9, nothing changes.
+    2. With AVX-512, oneDNN can take single-precision matrix products over from MKL: PyTorch hands them on if lower precision
+       is *permitted*; without matrix units for it, oneDNN still computes in full single precision. On AMD that is twice as
+       fast, on some Intel processors slower. So five products of the scripts' sizes are timed both ways, in 20 to 50 ms; the
+       best of several times counts. The permission stays if all are exact and their times are at least 5 % shorter on average,
+       each size counting as much as another. Only where that is a close call may two processes decide differently.
+       PyTorch 2.9 and later; call `torch.set_num_threads` first.
 
-    Returns: the settings that took effect, ("malloc", "onednn") at most. Harmless to call twice.
+    Returns: the settings that took effect, ("malloc", "onednn") at most. Harmless to call twice; draws no random numbers.
     """
     effective = []
     if sys.platform == "linux":
@@ -264,11 +338,34 @@ def tune_cpu():
     switch = getattr(torch.backends.mkldnn, "matmul", None)
     able = torch.backends.mkldnn.is_available() and "AVX512" in torch.backends.cpu.get_cpu_capability()
     if able and hasattr(switch, "fp32_precision"):
-        before, switch.fp32_precision = switch.fp32_precision, "bf16"
-        a = torch.sin(torch.arange(256.0 * 256)).reshape(256, 256)
-        error = (a @ a - (a.double() @ a.double()).float()).abs().max()
-        if error < 1e-4:  # single precision: 1e-5; bfloat16: 1e-1
-            effective.append("onednn")
-        else:
-            switch.fp32_precision = before
+        precision = switch.fp32_precision
+        try:
+            if _permission_pays(switch):
+                precision = "bf16"
+                effective.append("onednn")
+        finally:
+            switch.fp32_precision = precision
     return tuple(effective)
+
+
+def _permission_pays(switch):
+    """Are matrix products exact and at least 5 % faster if lower precision is permitted? Leaves the switch anywhere."""
+    wave, ratios = torch.sin(torch.arange(1056.0 * 256)), []
+    sizes = (16, 128, 128), (64, 128, 256), (512, 128, 128), (1056, 256, 256)  # rows, inputs, outputs: acting, updates
+    pairs = [(wave[: m * k].view(m, k), wave[: n * k].view(n, k).t()) for m, k, n in sizes]
+    pairs.append((pairs[2][0].t(), pairs[2][0]))  # the gradient of a weight
+    for a, b in pairs:
+        best, product = {"ieee": math.inf, "bf16": math.inf}, a.new_empty(len(a), b.shape[1])
+        for way in list(best) * (3 if len(a) > 1000 else 10):  # by turns, so that a busy machine slows both
+            switch.fp32_precision = way
+            best[way] = min(best[way], _time_product(a, b, product))
+        if (product[:16] - a[:16].double() @ b.double()).abs().max() > 1e-3:  # single precision: 1e-5; bfloat16: 1e-1
+            return False
+        ratios.append(best["bf16"] / best["ieee"])
+    return sum(ratios) < 0.95 * len(ratios)
+
+
+def _time_product(a, b, out):
+    start = time.perf_counter()
+    torch.mm(a, b, out=out)
+    return time.perf_counter() - start

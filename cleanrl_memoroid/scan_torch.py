@@ -16,13 +16,14 @@ import math
 
 import torch
 
-ANY_SHAPE = False  # x is [T, N, C], see `scan.py`
+SHARES_X = True  # x [T, 1, C] may stand for all N groups, see `scan.py`
 _BASE = 48  # rows; up to here, one row after the other is quickest
 _DOUBLE = {torch.float32: torch.float64, torch.complex64: torch.complex128}
 
 
 def forward(decay, x, begins, h0, reverse):
     """See `scan.py` for the signature that all backends share."""
+    x, begins = x.expand(-1, *decay.shape[-2:]), None if begins is None else begins.expand(-1, decay.shape[-2])
     if len(x) <= _BASE:
         return _loop(decay, x, begins, h0, reverse)
     length = 2 ** (
@@ -59,13 +60,13 @@ def forward(decay, x, begins, h0, reverse):
     return h
 
 
-def backward(decay, h, begins, h0, grad_h, reverse, need_decay_grad):
+def backward(decay, h, begins, h0, grad_h, reverse, need_decay_grad, shared=False):
     """See `scan.py`. The gradient is the same scan in the other direction, where a row leaves through the next row's decay.
 
     With g[t] = grad_h[t] + conj(decay[t+1]) (0 if begins[t+1] else g[t+1]), decay and begins move by one row; past the
     end of the tape stands anything, since the state there is zero.
     """
-    conj_decay = decay.conj().resolve_conj()
+    conj_decay, begins = decay.conj().resolve_conj(), None if begins is None else begins.expand(-1, h.shape[1])
     next_decay = conj_decay if decay.dim() == 2 else _shift(conj_decay, reverse)
     grad_x = forward(next_decay, grad_h, None if begins is None else _shift(begins, reverse), None, not reverse)
 
@@ -74,8 +75,9 @@ def backward(decay, h, begins, h0, grad_h, reverse, need_decay_grad):
     if h0 is not None:
         grad_h0 = (conj_decay if decay.dim() == 2 else conj_decay[edge]) * grad_x[edge]
         grad_h0 = (grad_h0 if begins is None else torch.where(begins[edge, :, None], 0, grad_h0)).to(h0.dtype)
+    own = grad_x.sum(1, keepdim=True) if shared else grad_x
     if not need_decay_grad:
-        return None, grad_x, grad_h0
+        return None, own, grad_h0
 
     # grad_decay[t] = conj(h[t-1]) g[t] unless t is a begin, summed over t if the decay is constant; in blocks that fit a cache
     first = torch.zeros_like(h[:1]) if h0 is None else h0[None]
@@ -93,7 +95,7 @@ def backward(decay, h, begins, h0, grad_h, reverse, need_decay_grad):
             grad_decay[low:high] = product
         else:
             grad_decay += product.sum(0)
-    return grad_decay, grad_x, grad_h0
+    return grad_decay, own, grad_h0
 
 
 def blelloch_scan(operator, elems):

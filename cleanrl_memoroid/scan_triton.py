@@ -23,7 +23,6 @@ import torch
 import triton
 import triton.language as tl
 
-ANY_SHAPE = False  # x is [T, N, C], see `scan.py`
 LANES = 32  # channels per program: one warp needs no barriers, and even a single tape spreads over many multiprocessors
 AHEAD_BYTES = 192  # a thread's loads in flight: as many as hide the memory's latency, yet fit its registers
 # Up to here one sequential kernel: two launches fewer, about 10 us each on the host, outweigh its longer walk (reasoned).

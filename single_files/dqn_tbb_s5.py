@@ -48,7 +48,7 @@ class Args:
     capture_video: bool = False  # if toggled, record an episode of the evaluation in `videos/`
     eval_episodes: int = 100  # number of greedy episodes after training and with --evaluate; 0: none (episodes)
     checkpoint_interval: int = 10_000  # environment steps between checkpoints, for --resume; 0: none (steps)
-    resume: str | None = None  # run directory, `runs/...`: continue that run, under its own flags unless given again
+    resume: str | None = None  # run directory: continue it, under its flags unless given again; it can run code: only yours
     evaluate: str | None = None  # run directory: play greedy episodes with its trained model, and exit
 
     # Algorithm specific arguments
@@ -105,9 +105,9 @@ def resettable(operator, identity):
     """
 
     def wrapped(left, right):
-        (*left, left_begins), (*right, right_begins) = left, right
-        reset = (torch.where(right_begins.view(-1, *[1] * (h.dim() - 1)), e, h) for e, h in zip(identity, left))
-        return *operator(tuple(reset), tuple(right)), left_begins | right_begins
+        (*left, earlier_begins), (*right, begins) = left, right
+        reset = (torch.where(begins[(...,) + (None,) * (h.dim() - begins.dim())], e, h) for e, h in zip(identity, left))
+        return *operator(tuple(reset), tuple(right)), earlier_begins | begins
 
     return wrapped
 
@@ -367,9 +367,9 @@ if __name__ == "__main__":
         path = f"{run_dir}/{'checkpoint.pt' if args.resume else 'model.pt'}"
         if not os.path.isfile(path):
             raise ValueError(f"--{'resume' if args.resume else 'evaluate'}: expected a file {path}, got none; see `ls runs`")
-        # a checkpoint is a pickle, which may run any code: resume only your own. A model is data, and can be shared
         saved = torch.load(path, map_location="cpu" if args.evaluate else None, weights_only=not args.resume)
-        args = tyro.cli(Args, default=Args(**saved["args"]))  # the run's own flags, unless the command line gives others
+        args = tyro.cli(Args, default=Args(**{**saved["args"], "env_kwargs": {}}))  # the run's own flags, unless given again
+        args.env_kwargs = args.env_kwargs or saved["args"]["env_kwargs"]
     for name in ["num_envs", "batch_size", "train_frequency", "total_timesteps"] + ["eval_episodes"] * bool(args.evaluate):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}; raise it")
@@ -379,12 +379,10 @@ if __name__ == "__main__":
     run_dir = run_dir or f"runs/{run_name}"
     torch.set_num_threads(int(os.getenv("OMP_NUM_THREADS", 1)))  # more are slower, unless networks are large and cores idle
     tune_cpu()
-
     # TRY NOT TO MODIFY: seeding
     rng = np.random.default_rng(args.seed)
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda else "cpu")
-
     # env setup
     make = [args.env_id, args.env_kwargs, args.prev_action]
     # TBB: in the step that ends an episode, next_obs is already the first one of the next episode; infos has the final one
@@ -412,7 +410,6 @@ if __name__ == "__main__":
         wandb.init(project=args.wandb_project_name, sync_tensorboard=True, save_code=True, **run)
     writer = SummaryWriter(run_dir, purge_step=saved["state"]["global_step"] + 1 if saved else None)
     writer.add_text("hyperparameters", "\n".join(["|param|value|\n|-|-|", *(f"|{k}|{v}|" for k, v in vars(args).items())]))
-
     # TRY NOT TO MODIFY: start the game
     obs, _ = envs.reset(seed=args.seed)
     begins = np.ones(args.num_envs, bool)  # is obs[i] the first of its episode?
@@ -444,19 +441,16 @@ if __name__ == "__main__":
                 if global_step == 0:
                     print(f"{args.env_id} cannot be saved ({error}): --resume will begin new episodes, the run will differ")
             save(f"{run_dir}/checkpoint.pt", content)
-
         # ALGO LOGIC: put action logic here
         exploration = args.learning_starts, args.learning_starts + args.exploration_fraction * args.total_timesteps
         epsilon = np.interp(global_step, exploration, (args.start_e, args.end_e), left=1.0)
         q_values, recurrent_state = q_network.step(obs, begins, recurrent_state)
         random_actions = rng.integers(envs.single_action_space.n, size=args.num_envs)
         actions = np.where(rng.random(args.num_envs) < epsilon, random_actions, q_values.argmax(dim=1).cpu().numpy())
-
         # TRY NOT TO MODIFY: execute the game and log data.
         next_obs, rewards, terminations, truncations, infos = envs.step(actions + envs.single_action_space.start)
         global_step += args.num_envs
         begins = terminations | truncations
-
         # TBB: save data to the tape buffer, one whole episode at a time, with its final observation
         for i, row in enumerate(zip(obs, actions, rewards)):
             running[i].append(row)
@@ -469,7 +463,6 @@ if __name__ == "__main__":
                 writer.add_scalar("charts/episodic_return", recent_returns[-1], global_step)
                 writer.add_scalar("charts/episodic_length", infos["final_info"]["episode"]["l"][i], global_step)
         obs = next_obs  # TRY NOT TO MODIFY: CRUCIAL step easy to overlook
-
         # ALGO LOGIC: training, at every multiple of train_frequency that this step has reached or passed
         updates_due = global_step // args.train_frequency - (global_step - args.num_envs) // args.train_frequency
         for _ in range(updates_due if global_step > args.learning_starts and tape_buffer.episodes else 0):

@@ -46,7 +46,7 @@ class Args:
     capture_video: bool = False  # if toggled, record an episode of the evaluation in `videos/`
     eval_episodes: int = 100  # number of greedy episodes after training and with --evaluate; 0: none (episodes)
     checkpoint_interval: int = 50_000  # environment steps between checkpoints, for --resume; 0: none (steps)
-    resume: str | None = None  # run directory, `runs/...`: continue that run, under its own flags unless given again
+    resume: str | None = None  # run directory: continue it, under its flags unless given again; it can run code: only yours
     evaluate: str | None = None  # run directory: play greedy episodes with its trained model, and exit
 
     # Algorithm specific arguments
@@ -104,9 +104,9 @@ def resettable(operator, identity):
     """
 
     def wrapped(left, right):
-        (*left, left_begins), (*right, right_begins) = left, right
-        reset = (torch.where(right_begins.view(-1, *[1] * (h.dim() - 1)), e, h) for e, h in zip(identity, left))
-        return *operator(tuple(reset), tuple(right)), left_begins | right_begins
+        (*left, earlier_begins), (*right, begins) = left, right
+        reset = (torch.where(begins[(...,) + (None,) * (h.dim() - begins.dim())], e, h) for e, h in zip(identity, left))
+        return *operator(tuple(reset), tuple(right)), earlier_begins | begins
 
     return wrapped
 
@@ -224,13 +224,13 @@ class FFM(nn.Module):
         return torch.exp(torch.complex(-self.alpha.double().abs()[None, :], self.omega.double()[:, None]))
 
     def lift(self, obs):
-        """What one step adds to the memory, and what the readout needs besides. [T, H] -> [T, 1, M] c64, 2 x [T, O]"""
+        """What one step adds to the memory, and what the readout needs besides. [T, H] -> [T, 1, M] c64, 2 x [T, H]"""
         pre_and_gate, output_gate, skip = self.inputs(obs).split(self.sizes, dim=-1)
         x = F.glu(pre_and_gate, dim=-1)  # W_pre o * sigmoid(W_gi o)  [T, M]
         return x.to(torch.complex64)[:, None, :], (output_gate, skip)
 
     def readout(self, x, lifted):
-        """The Markov state. [T, C, M] c64, 2 x [T, O] -> [T, O]. Deviates: the released code normalises after the gate."""
+        """The Markov state. [T, C, M] c64, 2 x [T, H] -> [T, H]. Deviates: the released code normalises after the gate."""
         output_gate, skip = lifted
         z = self.mix(torch.view_as_real(x).flatten(1))  # W_mix [Re X; Im X] as one real matrix product
         return torch.lerp(skip, self.norm(z), torch.sigmoid(output_gate))
@@ -245,7 +245,7 @@ class FFM(nn.Module):
     def forward(self, tape, obs):
         """TBB: all sections of a tape at once: the Markov states at its rows with a loss, and the memory after each section.
 
-        A section goes on from its `state`, faded by a step, unless an episode begins there. [T, H] -> [B, O], [E, ...]
+        A section goes on from its `state`, faded by a step, unless an episode begins there. [T, H] -> [B, H], [E, ...]
         """
         x, lifted = self.lift(obs)
         fresh = tape.begins[tape.starts]
@@ -258,7 +258,7 @@ class FFM(nn.Module):
         return self.readout(x, lifted), after
 
     def step(self, obs, begins, recurrent_state):
-        """TBB: one step of N environments, each from its own state. [N, H], [N], [N, C, M] -> [N, O], [N, C, M]"""
+        """TBB: one step of N environments, each from its own state. [N, H], [N], [N, C, M] -> [N, H], [N, C, M]"""
         x, lifted = self.lift(obs)
         recurrent_state = torch.where(begins[:, None, None], 0, recurrent_state) * self.decay().to(x.dtype) + x
         return self.readout(recurrent_state, lifted), recurrent_state
@@ -357,9 +357,9 @@ if __name__ == "__main__":
         path = f"{run_dir}/{'checkpoint.pt' if args.resume else 'model.pt'}"
         if not os.path.isfile(path):
             raise ValueError(f"--{'resume' if args.resume else 'evaluate'}: expected a file {path}, got none; see `ls runs`")
-        # a checkpoint is a pickle, which may run any code: resume only your own. A model is data, and can be shared
         saved = torch.load(path, map_location="cpu" if args.evaluate else None, weights_only=not args.resume)
-        args = tyro.cli(Args, default=Args(**saved["args"]))  # the run's own flags, unless the command line gives others
+        args = tyro.cli(Args, default=Args(**{**saved["args"], "env_kwargs": {}}))  # the run's own flags, unless given again
+        args.env_kwargs = args.env_kwargs or saved["args"]["env_kwargs"]
     least = dict.fromkeys(("num_envs", "num_steps", "num_minibatches", "update_epochs"), 1) | {"max_prefix": 0}
     for name, low in {**least, "eval_episodes": 1 if args.evaluate else 0}.items():
         if getattr(args, name) < low:
@@ -375,12 +375,10 @@ if __name__ == "__main__":
     run_dir = run_dir or f"runs/{run_name}"
     torch.set_num_threads(int(os.getenv("OMP_NUM_THREADS", 1)))  # more are slower, unless networks are large and cores idle
     tune_cpu()
-
     # TRY NOT TO MODIFY: seeding
     rng = np.random.default_rng(args.seed)  # of all draws after the initial weights
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda else "cpu")
-
     # env setup
     make = [args.env_id, args.env_kwargs, args.prev_action]
     # TBB: in the step that ends an episode, next_obs is already the first one of the next episode; infos has the final one
@@ -407,7 +405,6 @@ if __name__ == "__main__":
         wandb.init(project=args.wandb_project_name, sync_tensorboard=True, save_code=True, **run)
     writer = SummaryWriter(run_dir, purge_step=saved["state"]["global_step"] + 1 if saved else None)
     writer.add_text("hyperparameters", "\n".join(["|param|value|\n|-|-|", *(f"|{k}|{v}|" for k, v in vars(args).items())]))
-
     # TRY NOT TO MODIFY: start the game
     next_obs, _ = envs.reset(seed=args.seed)
     next_begins = np.ones(args.num_envs, bool)  # is next_obs[i] the first of its episode?
@@ -426,7 +423,6 @@ if __name__ == "__main__":
             print(f"{args.env_id} could not be saved: new episodes begin, and the run differs from one that was never stopped")
             next_obs, next_begins, discounted = envs.reset()[0], np.ones(args.num_envs, bool), np.zeros(args.num_envs)
             carried_tape.carry(next_begins, recurrent_state, args.max_prefix, agent)
-
     # ALGO Logic: Storage setup
     logprobs, rewards, values, bootstraps = torch.zeros(4, args.num_steps, args.num_envs, device=device)
     ended = torch.zeros(args.num_steps, args.num_envs, dtype=torch.bool, device=device)
@@ -458,7 +454,6 @@ if __name__ == "__main__":
             action = (policy + noise).argmax(-1)  # a draw from the policy, by the Gumbel-max trick
             logprobs[step] = log_prob(policy, action)
             actions.append(action)
-
             # TRY NOT TO MODIFY: execute the game and log data.
             next_obs, reward, terminations, truncations, infos = envs.step(env_actions(envs, action))
             next_begins = terminations | truncations
@@ -467,7 +462,6 @@ if __name__ == "__main__":
             discounted[next_begins] = 0
             scale = np.sqrt(return_rms.var + 1e-8) if args.norm_reward else 1.0
             rewards[step], ended[step] = torch.as_tensor(reward / scale), torch.as_tensor(next_begins)
-
             # TBB: an episode cut off by a time limit is worth what its final observation is, remembering all before it
             bootstraps[step] = 0
             if (cut_off := truncations & ~terminations & (not args.truncation_is_terminal)).any():
@@ -477,16 +471,13 @@ if __name__ == "__main__":
                 recent_returns.append(infos["final_info"]["episode"]["r"][i])
                 writer.add_scalar("charts/episodic_return", recent_returns[-1], global_step)
                 writer.add_scalar("charts/episodic_length", infos["final_info"]["episode"]["l"][i], global_step)
-
         # TBB: the rollout joins the rows that its running episodes have on the tape already
         carried_tape.add(obs, begins)
         tape_rows = sum(map(len, carried_tape.begins))
-
         # bootstrap value if not done
         _, next_value, _ = agent.step(next_obs, next_begins, recurrent_state)
         next_values = torch.where(ended, bootstraps, torch.cat([values[1:], next_value[None]]))
         advantages = gae(rewards, values, next_values, ended, args.gamma, args.gae_lambda)
-
         # TBB: a batch by environments, [S, N] -> [N, S], so that each one's steps stay in order
         batch = [v.transpose(0, 1) for v in (torch.stack(actions), logprobs, values, advantages, advantages + values)]
         explained_var = 1 - advantages.var() / (advantages + values).var()
@@ -535,7 +526,6 @@ if __name__ == "__main__":
             print(f"warning: rollout and tape differ by {logprob_error:.1e} in log-probability: is `step` what `forward` is?")
         # TBB: keep the running episodes, and bring their recurrent states up to the new weights
         recurrent_state = carried_tape.carry(next_begins, recurrent_state, args.max_prefix, agent)
-
         # TRY NOT TO MODIFY: record rewards for plotting purposes
         writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], global_step)
         writer.add_scalar("charts/prefix_share", 1 - batch_size / tape_rows, global_step)

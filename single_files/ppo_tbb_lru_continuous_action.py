@@ -1,6 +1,7 @@
 # docs: docs/ppo.md
 # Variant of single_files/ppo_tbb_lru.py. Changed: Args.env_id, Args.gamma, Args.clip_vloss, Args.ent_coef, make_env,
-#   Agent.__init__, Agent.heads, log_prob, env_actions, evaluate, noise, action, entropy_loss in __main__
+#   Agent.__init__, Agent.heads, log_prob, env_actions, evaluate, noise in __main__, action in __main__,
+#   entropy_loss in __main__
 # Memory and tape: Morad et al. (2024), "Recurrent Reinforcement Learning with Memoroids", https://arxiv.org/abs/2402.09900
 # LRU: Orvieto et al. (2023), "Resurrecting Recurrent Neural Networks for Long Sequences", https://arxiv.org/abs/2303.06349
 """PPO for continuous actions with Linear Recurrent Units (LRU), on a tape that carries running episodes on.
@@ -48,7 +49,7 @@ class Args:
     capture_video: bool = False  # if toggled, record an episode of the evaluation in `videos/`
     eval_episodes: int = 100  # number of greedy episodes after training and with --evaluate; 0: none (episodes)
     checkpoint_interval: int = 50_000  # environment steps between checkpoints, for --resume; 0: none (steps)
-    resume: str | None = None  # run directory, `runs/...`: continue that run, under its own flags unless given again
+    resume: str | None = None  # run directory: continue it, under its flags unless given again; it can run code: only yours
     evaluate: str | None = None  # run directory: play greedy episodes with its trained model, and exit
 
     # Algorithm specific arguments
@@ -109,9 +110,9 @@ def resettable(operator, identity):
     """
 
     def wrapped(left, right):
-        (*left, left_begins), (*right, right_begins) = left, right
-        reset = (torch.where(right_begins.view(-1, *[1] * (h.dim() - 1)), e, h) for e, h in zip(identity, left))
-        return *operator(tuple(reset), tuple(right)), left_begins | right_begins
+        (*left, earlier_begins), (*right, begins) = left, right
+        reset = (torch.where(begins[(...,) + (None,) * (h.dim() - begins.dim())], e, h) for e, h in zip(identity, left))
+        return *operator(tuple(reset), tuple(right)), earlier_begins | begins
 
     return wrapped
 
@@ -323,9 +324,10 @@ class Agent(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def heads(self, markov_state):
-        """The mean of each number of an action [B, D] and the logarithm of its standard deviation [D], and values [B]."""
+        """The mean of each number of an action and the logarithm of its standard deviation, each [B, D], and values [B]."""
         markov_state = self.norm(markov_state)
-        return (self.actor(markov_state), self.actor_logstd), self.critic(markov_state).squeeze(-1)
+        mean = self.actor(markov_state)
+        return (mean, self.actor_logstd + torch.zeros_like(mean)), self.critic(markov_state).squeeze(-1)
 
     def forward(self, tape):
         """TBB: policy and values [B] at the rows with a loss, and the recurrent state after each section [E, ...]"""
@@ -393,9 +395,9 @@ if __name__ == "__main__":
         path = f"{run_dir}/{'checkpoint.pt' if args.resume else 'model.pt'}"
         if not os.path.isfile(path):
             raise ValueError(f"--{'resume' if args.resume else 'evaluate'}: expected a file {path}, got none; see `ls runs`")
-        # a checkpoint is a pickle, which may run any code: resume only your own. A model is data, and can be shared
         saved = torch.load(path, map_location="cpu" if args.evaluate else None, weights_only=not args.resume)
-        args = tyro.cli(Args, default=Args(**saved["args"]))  # the run's own flags, unless the command line gives others
+        args = tyro.cli(Args, default=Args(**{**saved["args"], "env_kwargs": {}}))  # the run's own flags, unless given again
+        args.env_kwargs = args.env_kwargs or saved["args"]["env_kwargs"]
     least = dict.fromkeys(("num_envs", "num_steps", "num_minibatches", "update_epochs"), 1) | {"max_prefix": 0}
     for name, low in {**least, "eval_episodes": 1 if args.evaluate else 0}.items():
         if getattr(args, name) < low:
@@ -411,12 +413,10 @@ if __name__ == "__main__":
     run_dir = run_dir or f"runs/{run_name}"
     torch.set_num_threads(int(os.getenv("OMP_NUM_THREADS", 1)))  # more are slower, unless networks are large and cores idle
     tune_cpu()
-
     # TRY NOT TO MODIFY: seeding
     rng = np.random.default_rng(args.seed)  # of all draws after the initial weights
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda else "cpu")
-
     # env setup
     make = [args.env_id, args.env_kwargs, args.prev_action]
     # TBB: in the step that ends an episode, next_obs is already the first one of the next episode; infos has the final one
@@ -443,7 +443,6 @@ if __name__ == "__main__":
         wandb.init(project=args.wandb_project_name, sync_tensorboard=True, save_code=True, **run)
     writer = SummaryWriter(run_dir, purge_step=saved["state"]["global_step"] + 1 if saved else None)
     writer.add_text("hyperparameters", "\n".join(["|param|value|\n|-|-|", *(f"|{k}|{v}|" for k, v in vars(args).items())]))
-
     # TRY NOT TO MODIFY: start the game
     next_obs, _ = envs.reset(seed=args.seed)
     next_begins = np.ones(args.num_envs, bool)  # is next_obs[i] the first of its episode?
@@ -462,7 +461,6 @@ if __name__ == "__main__":
             print(f"{args.env_id} could not be saved: new episodes begin, and the run differs from one that was never stopped")
             next_obs, next_begins, discounted = envs.reset()[0], np.ones(args.num_envs, bool), np.zeros(args.num_envs)
             carried_tape.carry(next_begins, recurrent_state, args.max_prefix, agent)
-
     # ALGO Logic: Storage setup
     logprobs, rewards, values, bootstraps = torch.zeros(4, args.num_steps, args.num_envs, device=device)
     ended = torch.zeros(args.num_steps, args.num_envs, dtype=torch.bool, device=device)
@@ -494,7 +492,6 @@ if __name__ == "__main__":
             action = policy[0] + policy[1].exp() * noise
             logprobs[step] = log_prob(policy, action)
             actions.append(action)
-
             # TRY NOT TO MODIFY: execute the game and log data.
             next_obs, reward, terminations, truncations, infos = envs.step(env_actions(envs, action))
             next_begins = terminations | truncations
@@ -503,7 +500,6 @@ if __name__ == "__main__":
             discounted[next_begins] = 0
             scale = np.sqrt(return_rms.var + 1e-8) if args.norm_reward else 1.0
             rewards[step], ended[step] = torch.as_tensor(reward / scale), torch.as_tensor(next_begins)
-
             # TBB: an episode cut off by a time limit is worth what its final observation is, remembering all before it
             bootstraps[step] = 0
             if (cut_off := truncations & ~terminations & (not args.truncation_is_terminal)).any():
@@ -513,16 +509,13 @@ if __name__ == "__main__":
                 recent_returns.append(infos["final_info"]["episode"]["r"][i])
                 writer.add_scalar("charts/episodic_return", recent_returns[-1], global_step)
                 writer.add_scalar("charts/episodic_length", infos["final_info"]["episode"]["l"][i], global_step)
-
         # TBB: the rollout joins the rows that its running episodes have on the tape already
         carried_tape.add(obs, begins)
         tape_rows = sum(map(len, carried_tape.begins))
-
         # bootstrap value if not done
         _, next_value, _ = agent.step(next_obs, next_begins, recurrent_state)
         next_values = torch.where(ended, bootstraps, torch.cat([values[1:], next_value[None]]))
         advantages = gae(rewards, values, next_values, ended, args.gamma, args.gae_lambda)
-
         # TBB: a batch by environments, [S, N] -> [N, S], so that each one's steps stay in order
         batch = [v.transpose(0, 1) for v in (torch.stack(actions), logprobs, values, advantages, advantages + values)]
         explained_var = 1 - advantages.var() / (advantages + values).var()
@@ -556,7 +549,7 @@ if __name__ == "__main__":
                     v_loss = torch.max(v_loss, (v_clipped - mb_returns) ** 2)
                 v_loss = 0.5 * v_loss.mean()
 
-                entropy_loss = (0.5 + 0.5 * np.log(2 * np.pi) + policy[1]).sum()  # the same in every state
+                entropy_loss = (0.5 + 0.5 * np.log(2 * np.pi) + policy[1]).sum(-1).mean()
                 loss = pg_loss - args.ent_coef * entropy_loss + v_loss * args.vf_coef
                 optimizer.zero_grad()
                 loss.backward()
@@ -571,7 +564,6 @@ if __name__ == "__main__":
             print(f"warning: rollout and tape differ by {logprob_error:.1e} in log-probability: is `step` what `forward` is?")
         # TBB: keep the running episodes, and bring their recurrent states up to the new weights
         recurrent_state = carried_tape.carry(next_begins, recurrent_state, args.max_prefix, agent)
-
         # TRY NOT TO MODIFY: record rewards for plotting purposes
         writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], global_step)
         writer.add_scalar("charts/prefix_share", 1 - batch_size / tape_rows, global_step)

@@ -46,7 +46,7 @@ class Args:
     wandb_project_name: str = "cleanrl-memoroid"  # the project name in Weights and Biases (the team: WANDB_ENTITY)
     eval_episodes: int = 100  # number of greedy games after training and with --evaluate; 0: none (games)
     checkpoint_interval: int = 50_000  # environment steps between checkpoints, for --resume; 0: none (steps)
-    resume: str | None = None  # run directory, `runs/...`: continue that run, under its own flags unless given again
+    resume: str | None = None  # run directory: continue it, under its flags unless given again; it can run code: only yours
     evaluate: str | None = None  # run directory: play greedy games with its trained model, and exit
 
     # Algorithm specific arguments
@@ -431,9 +431,9 @@ if __name__ == "__main__":
         path = f"{run_dir}/{'checkpoint.pt' if args.resume else 'model.pt'}"
         if not os.path.isfile(path):
             raise ValueError(f"--{'resume' if args.resume else 'evaluate'}: expected a file {path}, got none; see `ls runs`")
-        # a checkpoint is a pickle, which may run any code: resume only your own. A model is data, and can be shared
         saved = torch.load(path, map_location="cpu" if args.evaluate else None, weights_only=not args.resume)
-        args = tyro.cli(Args, default=Args(**saved["args"]))  # the run's own flags, unless the command line gives others
+        args = tyro.cli(Args, default=Args(**{**saved["args"], "env_kwargs": {}}))  # the run's own flags, unless given again
+        args.env_kwargs = args.env_kwargs or saved["args"]["env_kwargs"]
     least = dict.fromkeys(("num_envs", "num_steps", "num_minibatches", "update_epochs"), 1) | {"max_prefix": 0}
     for name, low in {**least, "eval_episodes": 1 if args.evaluate else 0}.items():
         if getattr(args, name) < low:

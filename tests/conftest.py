@@ -1,25 +1,14 @@
-"""Loads scripts by path, as they are no package; every test starts from one seed and one thread."""
+"""Every test starts from one seed and one thread; tests/helpers/ can be imported by name."""
 
-import functools
-import importlib.util
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-pytest.register_assert_rewrite("scripts")  # its assertions show what differs, too
-ROOT = Path(__file__).parent.parent
-
-
-@functools.cache
-def load_script(name):
-    """The module of single_files/{name}.py; its training code is under `if __name__ == "__main__"` and does not run."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "single_files" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up by name
-    spec.loader.exec_module(module)
-    return module
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "helpers")]
+pytest.register_assert_rewrite("scripts", "variants")  # their assertions show what differs, too
+from scripts import ROOT, load_script  # noqa: E402, F401  tests import them from here
 
 
 @pytest.fixture(scope="session")

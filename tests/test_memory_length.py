@@ -1,4 +1,4 @@
-"""benchmark/memory_length.py against networks whose answer is known, against finite differences, and from the shell."""
+"""benchmark/probes/memory_length.py against networks whose answer is known, against finite differences, and from the shell."""
 
 import argparse
 import csv
@@ -15,7 +15,7 @@ from conftest import ROOT
 
 @pytest.fixture(scope="module")
 def bench():
-    sys.path.append(str(ROOT / "benchmark"))
+    sys.path.append(str(ROOT / "benchmark" / "probes"))
     import memory_length
 
     return memory_length
@@ -24,11 +24,11 @@ def bench():
 @pytest.fixture
 def saved(ffm, tmp_path):
     """The directory of a run of a small network in RepeatPrevious, k = 2, under the arguments of a segment-trained one."""
-    own = ffm.Args(env_id="popgym-RepeatPreviousEasy-v0", env_kwargs='{"k": 2}', hidden_size=8, trace_size=4)
+    own = ffm.Args(env_id="popgym-RepeatPreviousEasy-v0", env_kwargs={"k": 2}, hidden_size=8, trace_size=4)
     envs = gym.vector.SyncVectorEnv([ffm.make_env(own.env_id, {"k": 2})])
     content = {"q_network": ffm.QNetwork(envs, own).state_dict(), "args": vars(own) | {"segment_length": 10}}
     del content["args"]["context_size"]  # a model may be older than an argument of its script
-    ffm.save(tmp_path / "dqn_tbb_ffm.cleanrl_model", content)
+    torch.save(content, tmp_path / "model.pt")
     return tmp_path
 
 
@@ -44,7 +44,7 @@ class Delayed(torch.nn.Module):
         return value[:, None] * torch.tensor([1.0, 2.0])
 
     def step(self, obs, begins, recurrent_state):
-        return torch.stack([torch.zeros(len(obs)), obs[:, 0]], 1), recurrent_state
+        return torch.stack([torch.zeros(len(obs)), torch.from_numpy(obs[:, 0])], 1), recurrent_state
 
 
 def test_a_network_that_reads_age_three_only(bench):
@@ -81,7 +81,7 @@ def test_sensitivity_equals_finite_differences_of_acting(bench, ffm):
         state = q_network.memory.initial_state(1)
         with torch.no_grad():
             for i in range(n + 1):
-                q_values, state = q_network.step(obs[i : i + 1], torch.tensor([i == 0]), state)
+                q_values, state = q_network.step(obs[i : i + 1].numpy(), np.array([i == 0]), state)
         return q_values[0, actions[n]].item()
 
     for n, row in zip(rows, found):
@@ -140,7 +140,7 @@ def test_play_gives_each_environments_first_episode(bench, limit):
     make = [lambda: gym.make("Counting-v0", max_episode_steps=limit)] * 4
     envs = gym.vector.SyncVectorEnv(make, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
     network = Delayed()
-    network.step = lambda obs, begins, state: (torch.stack([begins * 1.0, 0 * obs[:, 0] + 0.5, obs[:, 2] - 2.5], 1), state)
+    network.step = lambda obs, begins, state: (torch.tensor(np.stack([begins, 0 * obs[:, 0] + 0.5, obs[:, 2] - 2.5]).T), state)
     episodes = bench.play(network, envs, [5, 6, 7, 8])
     assert (len({len(obs) for obs, _, _ in episodes}) > 1) == (limit == 9)  # these seeds: 4 steps or more
     for number, (obs, actions, total) in zip((5, 6, 7, 8), episodes):
@@ -151,13 +151,13 @@ def test_play_gives_each_environments_first_episode(bench, limit):
 
 
 def test_from_a_run_to_the_files(bench, saved, tmp_path):
-    command = [sys.executable, ROOT / "benchmark" / "memory_length.py", saved, saved / "dqn_tbb_ffm.cleanrl_model"]
-    flags = ["--episodes", "2", "--rows", "3", "--out", tmp_path / "out", "--no-pictures"]
+    command = [sys.executable, ROOT / "benchmark" / "probes" / "memory_length.py", saved, f"{saved}/"]
+    flags = ["--episodes", "2", "--rows", "3", "--out", tmp_path / "out"]
     done = subprocess.run([*command, *flags], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "share_outside" in done.stdout
     rows, read = {}, csv.DictReader
-    for name in "memory_length", "memory_length_summary":
+    for name in "curves", "summary":
         comment, *lines = (tmp_path / "out" / f"{name}.csv").read_text().splitlines()
         assert comment.startswith("# device: ")
         rows[name] = list(read(lines))
@@ -172,28 +172,17 @@ def test_from_a_run_to_the_files(bench, saved, tmp_path):
         assert float(row["share_inside"]) + float(row["share_outside"]) == pytest.approx(1, abs=1e-4)
 
 
-def test_picture(bench, saved, tmp_path):
-    pytest.importorskip("matplotlib")
-    args = argparse.Namespace(script=None, rows=2, reward_memory_length=None)
-    curve, summary = bench.measure_run(saved, args, seeds=[1])
-    bench.picture([curve], summary, tmp_path / "picture.png")
-    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
-    assert not list(tmp_path.glob("*.partial"))
-
-
 def test_bad_paths_say_what_was_expected(bench, saved, tmp_path):
     (empty := tmp_path / "empty").mkdir()
     (checkpoint := tmp_path / "checkpoint.pt").touch()
     for path in tmp_path / "nowhere", empty, checkpoint:
-        with pytest.raises(
-            ValueError, match=r"runs: expected a run's directory with one \*.cleanrl_model.* got .*; see `ls runs`"
-        ):
+        with pytest.raises(ValueError, match=r"runs: expected run directories with a model.pt, got .*; see `ls runs`"):
             bench.load_model(path)
     with pytest.raises(ValueError, match="--script: expected the script that trained .*nowhere.py"):
         bench.load_model(saved, tmp_path / "nowhere.py")
-    other = torch.load(saved / "dqn_tbb_ffm.cleanrl_model")
+    other = torch.load(saved / "model.pt")
     other["args"]["trace_size"] = 5
-    torch.save(other, saved / "dqn_tbb_ffm.cleanrl_model")
+    torch.save(other, saved / "model.pt")
     args = argparse.Namespace(script=None, rows=2, reward_memory_length=None)
     with pytest.raises(ValueError, match="--script: expected the script .* network differs"):
         bench.measure_run(saved, args, seeds=[1])

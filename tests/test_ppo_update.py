@@ -1,4 +1,4 @@
-"""benchmark/ppo_update.py: the LSTMs that it times compute the same, and its update moves what PPO would."""
+"""benchmark/speed/ppo_update.py: the LSTMs that it times compute the same, and its update moves what PPO would."""
 
 import sys
 
@@ -10,7 +10,7 @@ from conftest import ROOT
 
 @pytest.fixture(scope="module")
 def bench():
-    sys.path.append(str(ROOT / "benchmark"))
+    sys.path.append(str(ROOT / "benchmark" / "speed"))
     import ppo_update
 
     return ppo_update
@@ -23,10 +23,8 @@ def outcome(bench, name, obs, begins):
     order = places.argsort()
     loss = update()
     grads = {key: p.grad for key, p in agent.named_parameters() if p.grad is not None}
-    if name in (bench.LOOP, bench.FUSED):  # two heads in place of one
-        for key in ("weight", "bias"):
-            grads[f"actor_critic.{key}"] = torch.cat([grads.pop(f"{head}.{key}") for head in ("actor", "critic")])
-    return policy.logits[order].flatten(1), value[order], torch.tensor(loss), grads
+    logits = policy.logits if name in (bench.LOOP, bench.FUSED) else policy.flatten(1)
+    return logits[order], value[order], torch.tensor(loss), grads
 
 
 def test_the_step_by_step_lstm_is_the_baseline(bench):
@@ -52,7 +50,7 @@ def test_a_memoroid_has_the_rows_of_the_batch_in_order(bench, name):
     policy, value, places = forward()
     state, found = agent.memory.initial_state(3), []
     with torch.no_grad():
-        for row in zip(*map(torch.from_numpy, (obs, begins))):
+        for row in zip(obs, begins):
             _, one, state = agent.step(*row, state)
             found.append(one)
     torch.testing.assert_close(value, torch.stack(found).T.flatten()[places], rtol=1e-4, atol=1e-5)

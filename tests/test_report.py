@@ -1,4 +1,4 @@
-"""benchmark/report.py on hand-made runs: what it counts, what it names, and that pictures follow from the CSV files alone."""
+"""benchmark/tools/report.py on hand-made runs: what it counts and names, and that pictures follow from the CSV files alone."""
 
 import csv
 import importlib.util
@@ -16,12 +16,13 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+GRIDS = sorted(path.parent for path in (ROOT / "benchmark" / "results").glob("*/runs.csv"))
 STARTED = 1_700_000_000.0  # seconds since 1970, 2023-11-14T22:13:20Z
 
 
 @pytest.fixture(scope="module")
 def report():
-    sys.path.append(str(ROOT / "benchmark"))
+    sys.path.append(str(ROOT / "benchmark" / "tools"))
     import report
 
     return report
@@ -75,14 +76,14 @@ def root(tmp_path):
 
 
 def make(root, *flags):
-    command = [sys.executable, ROOT / "benchmark" / "report.py", "--root", root, *flags]
+    command = [sys.executable, ROOT / "benchmark" / "tools" / "report.py", "--root", root, *flags]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return (root / "README.md").read_text()
 
 
 def rows_of(root, name):
-    with open(root / "benchmark" / "results" / f"{name}.csv") as file:
+    with open(root / "benchmark" / "results" / "tiny" / f"{name}.csv") as file:
         return list(csv.DictReader(file))
 
 
@@ -104,10 +105,9 @@ def collect(report, root):
 def test_table_counts_finished_runs_and_names_the_others(report, root, means_of_runs):
     collect(report, root)
     text = make(root, "--runs", "", "--no-pictures")
-    (tape,) = re.findall(r"\| ffm tape \| (.*) \|", text)
-    assert tape == "0.750 ± 0.150 (2 of 3 done, 1 failed)"  # mean of 0.6 and 0.9: the failed run's -1 is not in it
-    (segments,) = re.findall(r"\| ffm segments \| (.*) \|", text)
-    assert segments == "0.250 (1 of 2 done, 1 unfinished)"
+    mean = "0.750 ± 0.150 (2 of 3 done, 1 failed)"  # of 0.6 and 0.9: the failed run's -1 is not in it
+    assert f"| popgym-A-v0 | ffm tape | 100 | {mean} | 0.600, 0.900 | never, never | 12 to 12 |" in text
+    assert "| ffm segments | 100 | 0.250 (1 of 2 done, 1 unfinished) | 0.250 | never | 12 to 12 |" in text
     assert "failed: popgym-A-v0, ffm tape, seed 3: `ValueError: tape | too long in single_files/x.py (exit status 1)`" in text
     assert "unfinished: popgym-A-v0, ffm segments, seed 2" in text
     assert "3 of 5 done, 1 failed, 1 unfinished; greedy return of the final network over 1 or 2 episodes" in text
@@ -116,17 +116,37 @@ def test_table_counts_finished_runs_and_names_the_others(report, root, means_of_
     assert report.markdown([{"a": "|h|"}], ["a"]).splitlines()[-1] == "| \\|h\\| |"  # a bar would start a cell
 
 
+def test_arms_and_environments_cross_in_the_papers_figure(report, root, means_of_runs):
+    (root / "runs" / "grids" / "tiny").rename(root / "runs" / "grids" / "dqn_popgym")
+    for path in root.glob("runs/grids/*/*/record.json"):
+        path.write_text(path.read_text().replace("grids/tiny", "grids/dqn_popgym"))
+    (root / "README.md").write_text("<!-- results: dqn_popgym -->\n<!-- end results -->\n")
+    collect(report, root)
+    text = make(root, "--runs", "", "--no-pictures")
+    assert "| arm | A-v0, 100 steps |" in text and "| ffm tape | 0.750 ± 0.150 (2 of 3 done, 1 failed) |" in text
+
+
+def test_an_arm_stands_in_the_table_where_it_has_a_name(report):
+    def rows(*arms):
+        row = {"env_id": "A", "env_kwargs": "{}", "seed": "1", "total_timesteps": "100", "state": "done", "greedy_return": "1"}
+        row |= {"steps_to_half": "50", "seconds": "3", "device": ""}
+        return [row | {"arm": arm} for arm in arms]
+
+    assert report.run_table(rows("ppo"), "ppo").splitlines()[2:] == ["| A | 100 | 1.000 | 1.000 | 0.05 | 3 to 3 |"]
+    assert [line.split(" | ")[1] for line in report.run_table(rows("ppo", "b"), "ppo").splitlines()[2:]] == ["", "b"]
+
+
 def test_rows_say_what_ran(report, root, means_of_runs):
     collect(report, root)
-    rows = {row["key"]: row for row in rows_of(root, "tiny")}
+    rows = {row["key"]: row for row in rows_of(root, "runs")}
     assert len(rows) == 5
     row = rows["ffm-tape-1"]
     assert row["command"] == "python single_files/dqn_tbb_ffm.py --env-kwargs '{\"k\": 2}'"
     assert (row["commit"], row["versions"], row["device"], row["seconds"]) == ("0123456789", "torch 2.6", "a CPU", "12.0")
     assert (row["memory"], row["batching"], row["start_up"]) == ("ffm", "tape", "3.0")  # the first event came at 3 s
     assert rows["ffm-tape-3"]["greedy_return"] == "" and rows["ffm-tape-3"]["state"] == "failed"
-    assert {row["key"] for row in rows_of(root, "tiny_curves")} == {"ffm-tape-1", "ffm-tape-2", "ffm-segments-1"}
-    assert str(root) not in (root / "benchmark" / "results" / "tiny.csv").read_text()
+    assert {row["key"] for row in rows_of(root, "curves")} == {"ffm-tape-1", "ffm-tape-2", "ffm-segments-1"}
+    assert str(root) not in (root / "benchmark" / "results" / "tiny" / "runs.csv").read_text()
 
 
 def test_curves_hold_current_returns_by_steps_and_seconds(report, root, means_of_runs):
@@ -134,10 +154,10 @@ def test_curves_hold_current_returns_by_steps_and_seconds(report, root, means_of
     falling = [(10 * i, 2 + i, 1.0 if i <= 5 else -1.0) for i in range(1, 11)]
     add_run(root, "other", 1, falling, [0.0])
     collect(report, root)
-    curve = [row for row in rows_of(root, "tiny_curves") if row["key"] == "other-1"]
+    curve = [row for row in rows_of(root, "curves") if row["key"] == "other-1"]
     assert [float(row["episodic_return"]) for row in curve] == [1.0] * 5 + [-1.0] * 5
     assert [float(row["seconds"]) for row in curve] == [3.0 + i for i in range(10)]
-    band = [r for r in rows_of(root, "tiny_intervals") if (r["arm"], r["axis"]) == ("ffm tape", "steps")]
+    band = [r for r in rows_of(root, "intervals") if (r["arm"], r["axis"]) == ("ffm tape", "steps")]
     assert {(row["iqm"], row["runs"]) for row in band} == {("0.3000", "2")}  # of the two that ended well
 
 
@@ -165,12 +185,12 @@ def test_steps_to_the_goal_are_those_of_the_first_full_window(report, tmp_path):
 def test_runs_of_another_machine_stay(report, root, means_of_runs):
     """The committed CSV files may hold results of runs that are not here, or that merely wait here."""
     collect(report, root)
-    before = rows_of(root, "tiny"), rows_of(root, "tiny_curves")
+    before = rows_of(root, "runs"), rows_of(root, "curves")
     shutil.rmtree(root / "runs" / "grids" / "tiny" / "ffm-tape-1")
     record = root / "runs" / "grids" / "tiny" / "ffm-tape-2" / "record.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | {"state": "waiting", "folder": None}))
     collect(report, root)
-    assert (rows_of(root, "tiny"), rows_of(root, "tiny_curves")) == before
+    assert (rows_of(root, "runs"), rows_of(root, "curves")) == before
 
 
 def test_a_published_number_stands_beside_ours(report, root, means_of_runs):
@@ -178,7 +198,8 @@ def test_a_published_number_stands_beside_ours(report, root, means_of_runs):
     for path in root.glob("runs/grids/*/*/record.json"):
         path.write_text(path.read_text().replace("grids/tiny", "grids/popgym_easy"))
     (root / "README.md").write_text("<!-- results: popgym_easy -->\n<!-- end results -->\n")
-    (root / "benchmark" / "popgym_reference.csv").write_text('# Of a paper.\nenv_id,"PPO, GRU"\npopgym-A-v0,0.9\n')
+    (folder := root / "benchmark" / "results" / "popgym_easy").mkdir()
+    (folder / "reference.csv").write_text('# Of a paper.\nenv_id,"PPO, GRU"\npopgym-A-v0,0.9\n')
     collect(report, root)
     text = make(root, "--runs", "", "--no-pictures")
     assert "| environment | steps | ffm segments | ffm tape | PPO, GRU |" in text
@@ -213,29 +234,36 @@ def test_intervals_are_rliables(report):
     assert (alone[0] == scores[0]).all() and np.isnan(alone[1:]).all()
 
 
-def test_a_second_machine_has_its_own_tables(report, root):
-    """Timings put into a folder of their own stand beside those of the first machine, under the folder's name."""
-    results = root / "benchmark" / "results"
-    for folder, device, figure in (results, "first", 1), (results / "other", "second", 2):
-        folder.mkdir(exist_ok=True)
+def test_each_machine_has_its_own_tables(report, root):
+    for name, device, figure in ("one", "first", 1), ("other", "second", 2):
+        (folder := root / "benchmark" / "results" / "machines" / name).mkdir(parents=True)
         (folder / "collect.csv").write_text(f"# device: {device}\nwhat,median_ms\nscan,{figure}\n")
-    markers = [f"<!-- results: {name} -->\n<!-- end results -->\n" for name in ("other/collect", "collect")]
+    markers = [f"<!-- results: {name} -->\n<!-- end results -->\n" for name in ("other/collect", "one/collect")]
     (root / "README.md").write_text("".join(markers))
     text = make(root, "--runs", "", "--no-pictures")
     assert re.findall(r"device: (\w+)|\| scan \| (\d) \|", text) == [("second", ""), ("", "2"), ("first", ""), ("", "1")]
 
 
-def test_committed_intervals_are_those_of_the_committed_curves(report):
-    """Checked in full where rliable is installed; anywhere, that they are of as many runs as are done, over the same steps."""
-    import curves
-    from tables import grouped, read_rows
+def committed(name, folder):
+    from tables import read_rows
 
-    for path in (ROOT / "benchmark" / "results").glob("*_intervals.csv"):
-        name = path.stem.removesuffix("_intervals")
-        found, rows, curve = (read_rows(path.with_name(f"{n}.csv"))[0] for n in (path.stem, name, f"{name}_curves"))
-        if importlib.util.find_spec("rliable"):
-            ours = [{key: str(value) for key, value in row.items()} for row in curves.interval_rows(rows, curve)]
-            assert ours == found, f"{path.name}: run benchmark/report.py"
+    return read_rows(folder / f"{name}.csv")[0]
+
+
+def check_intervals(folder):
+    import curves
+
+    ours = curves.interval_rows(committed("runs", folder), committed("curves", folder))
+    ours = [{key: str(value) for key, value in row.items()} for row in ours]
+    assert ours == committed("intervals", folder), f"{folder.name}: run benchmark/tools/report.py"
+
+
+def test_committed_intervals_are_those_of_the_committed_curves(report):
+    """They are of as many runs as are done, over the same steps; computed again for one grid."""
+    from tables import grouped
+
+    for folder in GRIDS:
+        found, rows, curve = (committed(name, folder) for name in ("intervals", "runs", "curves"))
         done = {row["key"]: row for row in rows if row["state"] == "done"}
         assert {point["key"] for point in curve} == set(done)
         for cell in grouped(done.values(), lambda row: (row["env_id"], row["env_kwargs"], row["arm"])).values():
@@ -245,16 +273,25 @@ def test_committed_intervals_are_those_of_the_committed_curves(report):
             assert {row["runs"] for row in band} == {str(len(cell))}
             steps = [{p["global_step"] for p in curve if p["key"] == row["key"]} for row in cell]
             assert {row["x"] for row in band} == set.intersection(*steps)
+    if importlib.util.find_spec("rliable"):
+        check_intervals(ROOT / "benchmark" / "results" / "ppo_tbb_ffm")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", GRIDS, ids=lambda folder: folder.name)
+def test_committed_intervals_computed_again(report, folder):
+    pytest.importorskip("rliable", reason="pip install -e '.[bench]'")
+    check_intervals(folder)
 
 
 def same_picture(ours, theirs):
     """Are two pictures the same, as far as can be known here? Bytes vary with matplotlib, its fonts and the processor.
 
     Both files name what drew them, and what was drawn: two drawn by the same are compared byte by byte, others by the digest
-    of data, colours and texts. PNG bytes depend on a compressor besides, so PNG is always compared by digest.
+    of data, colours and texts.
     """
     notes = [re.search(rb"drawn by (.*?); data (\w{64})", path.read_bytes()) for path in (ours, theirs)]
-    if notes[0][1] == notes[1][1] and ours.suffix == ".svg":
+    if notes[0][1] == notes[1][1]:
         return ours.read_bytes() == theirs.read_bytes()
     return notes[0][2] == notes[1][2]
 
@@ -262,45 +299,44 @@ def same_picture(ours, theirs):
 def test_pictures_follow_from_the_csv_files(report, root, means_of_runs):
     """Drawn twice they are the same bytes; a point that moved, an arm that came and a run that failed change them."""
     collect(report, root)
-    results = root / "benchmark" / "results"
-    names = [results / name for name in ("tiny.svg", "tiny_seconds.svg", "tiny.png")]
+    results = root / "benchmark" / "results" / "tiny"
+    names = [results / name for name in ("picture.svg", "seconds.svg")]
     make(root, "--runs", "")
     first = [path.read_bytes() for path in names]
     assert b"ffm tape: 2 of 3 runs done, 1 failed" in first[0]
     make(root, "--runs", "")
     assert [path.read_bytes() for path in names] == first
     old = shutil.copytree(results, root / "old")
-    for name, before, after in (("tiny_curves", ",0.4000", ",0.4100"), ("tiny", "ffm segments", "segments")):
+    for name, before, after in (("curves", ",0.4000", ",0.4100"), ("runs", "ffm segments", "segments")):
         text = (results / f"{name}.csv").read_text()
         (results / f"{name}.csv").write_text(text.replace(before, after, 1))
         make(root, "--runs", "")
-        assert not same_picture(names[0], old / "tiny.svg") and not same_picture(names[2], old / "tiny.png")
+        assert not same_picture(names[0], old / "picture.svg")
         (results / f"{name}.csv").write_text(text)
 
 
 def test_committed_pictures_are_what_the_report_draws(tmp_path):
-    """From the committed CSV files alone: README's and the docs' pictures, as SVG and as PNG."""
+    """From the committed CSV files alone: README's and the docs' pictures, and no other file is kept."""
     shutil.copytree(ROOT / "benchmark" / "results", tmp_path / "benchmark" / "results")
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
     shutil.copy(ROOT / "README.md", tmp_path)
-    results = tmp_path / "benchmark" / "results"
-    for path in [*results.glob("*.svg"), *results.glob("*.png")]:
-        path.unlink()
+    results, ours = tmp_path / "benchmark" / "results", ROOT / "benchmark" / "results"
+    pictures = [path.relative_to(ours) for path in ours.rglob("*") if path.suffix not in ("", ".csv")]
+    for path in pictures:
+        (results / path).unlink()
     make(tmp_path, "--runs", "")
-    drawn = sorted([*results.glob("*.svg"), *results.glob("*.png")])
-    assert drawn
+    drawn = [path.relative_to(results) for path in results.rglob("*.svg")]
+    assert drawn and sorted(drawn) == sorted(pictures)
     for path in drawn:
-        assert same_picture(ROOT / "benchmark" / "results" / path.name, path), f"{path.name}: run benchmark/report.py"
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        for name in re.findall(r"benchmark/results/([\w.]+\.svg)", page.read_text()):
-            assert (results / name).exists(), f"{page.name} shows {name}, which report.py does not draw"
+        assert same_picture(ours / path, results / path), f"{path}: run benchmark/tools/report.py"
+        assert (ours / path).stat().st_size < 320_000, path
 
 
 def test_export_is_what_openrlbenchmark_keeps(report, root):
     """Its cache, read as its cache.py and offline_db.py do; unfinished and failed runs are not in it."""
     import sqlite3
 
-    command = [sys.executable, ROOT / "benchmark" / "export.py", "--root", root, "--out", root / "out"]
+    command = [sys.executable, ROOT / "benchmark" / "tools" / "export.py", "--root", root, "--out", root / "out"]
     subprocess.run(command, check=True, capture_output=True)
     below = root / "out" / "local" / "cleanrl-memoroid"
     found = sqlite3.connect(below / "offline.sqlite").execute("SELECT id, entity, project, state, config FROM offlinerun")

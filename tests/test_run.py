@@ -1,4 +1,4 @@
-"""benchmark/run.py with scripts that take no time: what is run, what is not run again, what fails, who stops whom."""
+"""benchmark/tools/run.py with scripts that take no time: what is run, what is not run again, what fails, who stops whom."""
 
 import json
 import os
@@ -16,8 +16,9 @@ from scripts import run_folder, scalars
 SCRIPT = """
 import argparse, os, pathlib, time
 parser = argparse.ArgumentParser()
-for name in ("--env-id", "--env-kwargs", "--resume"):
+for name in ("--env-id", "--resume"):
     parser.add_argument(name)
+parser.add_argument("--env-kwargs", nargs="*")
 for name in ("--seed", "--total-timesteps"):
     parser.add_argument(name, type=int, default=3)
 parser.add_argument("--pause", type=float, default=0.0)
@@ -56,7 +57,7 @@ def lines(seeds, **flags):
 
 
 def start(root, text, *flags):
-    command = [sys.executable, ROOT / "benchmark" / "run.py", "--name", "grid", "--root", root, *flags]
+    command = [sys.executable, ROOT / "benchmark" / "tools" / "run.py", "--name", "grid", "--root", root, *flags]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     process.stdin.write(text)
     process.stdin.close()
@@ -106,14 +107,14 @@ def alive(pid):
 
 
 def test_records_what_ran_and_how_it_ended(root):
-    text = "some, arm: fake.py --env-id fake-v0 --env-kwargs '{\"k\": 1}' --seed 2\n"
+    text = "some, arm: fake.py --env-id fake-v0 --env-kwargs k 1 rate 0.5 wide True name an_id --seed 2\n"
     status, out = run(root, text, "--workers", "2")
     record = records(root)[2]
     assert status == 0 and "1 of 1 runs done" in out
     assert record["grid"] == "grid" and record["arm"] == "some, arm" and record["env_id"] == "fake-v0"
-    assert record["command"] == ["python", "fake.py", "--env-id", "fake-v0", "--env-kwargs", '{"k": 1}', "--seed", "2"]
+    assert record["command"][:6] == ["python", "fake.py", "--env-id", "fake-v0", "--env-kwargs", "k"]
     assert record["script"] == "fake.py" and record["flags"] == record["command"][2:]
-    assert record["env_kwargs"] == '{"k": 1}' and record["total_timesteps"] is None
+    assert record["env_kwargs"] == '{"k":1,"rate":0.5,"wide":true,"name":"an_id"}' and record["total_timesteps"] is None
     assert record["state"] == "done" and record["exit_status"] == 0 and record["error"] is None and record["workers"] == 2
     assert record["versions"]["torch"] and record["device"] and record["started"].endswith("+00:00")
     assert 0 < record["cpu_seconds"] < record["seconds"] < 30
@@ -156,6 +157,7 @@ def test_killed_in_the_middle_it_finishes_exactly_what_was_missing(root, sent):
     for seed, record in found.items():
         assert steps(root, record) == list(range(2 if seed in (1, 4) else 8)), "a step is missing, or was done twice"
         assert [row.split()[1] for row in rows(root, record, "starts")] == ["None"] + ["runs/run"] * (seed in (2, 3))
+        assert all("--pause" in row for row in rows(root, record, "log.txt") if "--resume" in row)  # its flags stay beside it
     assert found[2]["seconds"] > 7 * 0.15  # both pieces
 
 
@@ -234,10 +236,24 @@ def test_a_bad_line_is_refused_before_anything_runs(root, text, message):
     assert not list(root.glob("runs/grids/grid/*/starts"))
 
 
+@pytest.mark.parametrize("change", ["memoryless", "huber_of_mean", "lr_warmup=200"])
+def test_an_ablation_fits_the_scripts_of_its_grids(change):
+    sys.path.append(str(ROOT / "benchmark" / "probes"))
+    from ablate import ablated
+
+    dqn = ["dqn_tbb_ffm", "dqn_tbb_lru", "dqn_sbb_lru", "dqn_tbb_s5", "dqn_sbb_s5"]
+    ppo = ["ppo_tbb_lru_continuous_action", "ppo_tbb_lru_minigrid_envpool"]
+    for script in ppo if change == "memoryless" else dqn:
+        text = (ROOT / "single_files" / f"{script}.py").read_text()
+        compile(ablated(text, change), script, "exec")
+    with pytest.raises(ValueError, match="expected one `.*` in the script, found 0"):
+        ablated("", change)
+
+
 @pytest.mark.slow
 def test_the_baseline_logs_what_the_report_reads(tmp_path):
     pytest.importorskip("sb3_contrib", reason="pip install -e '.[bench]'")
-    command = [sys.executable, ROOT / "benchmark" / "sb3_recurrent_ppo.py", "--eval-episodes", "10"]
+    command = [sys.executable, ROOT / "benchmark" / "probes" / "sb3_recurrent_ppo.py", "--eval-episodes", "10"]
     subprocess.run([*command, "--total-timesteps", "1000"], cwd=tmp_path, check=True)
     logged = scalars(run_folder(tmp_path))
     training, evaluation = logged["charts/episodic_return"], logged["eval/episodic_return"]

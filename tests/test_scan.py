@@ -3,6 +3,8 @@
 
 import itertools
 import os
+import re
+import shutil
 import subprocess
 import sys
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 from cleanrl_memoroid import scan, scan_numba, scan_torch
-from cleanrl_memoroid.scan import associative_scan, linear_scan
+from cleanrl_memoroid.scan import associative_scan, linear_attention, linear_scan
 
 TOLERANCE = {torch.float32: 3e-6, torch.complex64: 3e-6, torch.float64: 1e-13, torch.complex128: 1e-13}
 SINGLE = {torch.float64: torch.float32, torch.complex128: torch.complex64}
@@ -83,26 +85,6 @@ def test_backend_equals_loop(backend, steps):
             assert_equal(ours, expected, TOLERANCE[SINGLE[dtype]] * 10)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64, torch.complex128])
-def test_numba_past_the_cache_equals_through_it(monkeypatch, dtype):
-    """A long output goes to memory by another road. The values are the same to the last bit."""
-    kind = torch.complex128 if dtype.is_complex else torch.float64
-    for channels, groups, *rest in itertools.product([(64,), (4, 32), (4, 5)], [None, (), (4,)], *[[False, True]] * 3):
-        if groups == (4,) and channels == (64,):
-            continue
-        varying, state, reverse = rest
-        inputs = [
-            v if v is None or v.dtype == torch.bool else v.to(dtype) for v in make(70, channels, kind, varying, groups, state)
-        ]
-        weight = torch.randn(70, *channels, dtype=dtype)
-        run = lambda *v: linear_scan(*v, reverse=reverse, backend="numba")  # noqa: E731
-        expected = outcome(run, inputs, weight)
-        monkeypatch.setattr(scan_numba, "_PAST_CACHE", 0)
-        assert len(scan_numba._scratch(weight.numpy().reshape(70, -1))) == (channels != (4, 5))
-        assert_equal(outcome(run, inputs, weight), expected, 0)
-        monkeypatch.undo()
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("where", ["first row", "last row", "every row"])
 def test_begin_at_the_edges(backend, where):
@@ -131,12 +113,9 @@ def test_broadcast_decay(backend):
     assert_equal([number], [loop(torch.full((3,), 0.5, dtype=torch.float64), x, begins, None, False)], 1e-13)
 
 
-@pytest.mark.parametrize("past_cache", [False, True])
 @pytest.mark.parametrize("backend", [*BACKENDS, "ref"])
-def test_channels_share_x(monkeypatch, backend, past_cache):
+def test_channels_share_x(backend):
     """x is 1 where a constant decay is longer: as if it were expanded, its gradient summed; wherever that dimension stands."""
-    if past_cache:
-        monkeypatch.setattr(scan_numba, "_PAST_CACHE", 0)
     shapes = [((4, 16), (1, 16)), ((2, 3, 5), (1, 1, 5)), ((4, 3), (4, 1)), ((4, 1, 3), (1, 1, 3)), ((5,), (1,))]
     shapes += [((2, 3, 8), (1, 3, 8)), ((2, 3, 8), (2, 1, 8)), ((1, 3), (1, 1)), ((3, 2), (1, 1))]
     for (channels, own), dtype, groups, *rest in itertools.product(shapes, TOLERANCE, [None, (), (1,)], *[[False, True]] * 2):
@@ -300,6 +279,127 @@ def test_without_numba_the_torch_backend_serves(monkeypatch):
     scan._module.cache_clear()
 
 
+FIRST_SCANS = """
+import sys, warnings, torch
+from cleanrl_memoroid.scan import linear_scan
+x = torch.ones(3, 2, requires_grad=True)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(3):
+        linear_scan(0.5, x).sum().backward()
+print(len(caught), caught[0].message)
+assert x.grad.tolist() == [[5.25, 5.25], [4.5, 4.5], [3, 3]]
+try:
+    linear_scan(0.5, x, backend="numba")
+except Exception as error:
+    print(type(error).__name__)
+"""
+
+
+@pytest.mark.parametrize("what", ["import", "cache"])
+def test_a_broken_numba_costs_one_warning(tmp_path, what):
+    """A numba that cannot be imported, or finds no place for its cache: plain PyTorch instead, unless numba was asked for."""
+    shutil.copytree(
+        os.path.dirname(scan.__file__), tmp_path / "cleanrl_memoroid", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    if what == "import":
+        (tmp_path / "numba").mkdir()
+        (tmp_path / "numba" / "__init__.py").write_text("raise ImportError('Numba needs NumPy 2.3 or less.')")
+        expected = "1 numba fails.*plain PyTorch.*install a numba.*ImportError: Numba needs NumPy 2.3 or less.\nImportError\n"
+    else:
+        (tmp_path / "cleanrl_memoroid" / "__pycache__").touch()  # a file, where no directory can be made
+        env |= {name: os.devnull for name in ("HOME", "XDG_CACHE_HOME", "NUMBA_CACHE_DIR", "LOCALAPPDATA")}
+        expected = "1 numba fails.*plain PyTorch.*NUMBA_CACHE_DIR.*RuntimeError: cannot cache.*\nRuntimeError\n"
+    done = subprocess.run([sys.executable, "-c", FIRST_SCANS], capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert re.fullmatch(expected, done.stdout), done
+
+
+@pytest.mark.parametrize("name", ["forward", "backward"])
+def test_a_kernel_that_fails_costs_one_warning(monkeypatch, name):
+    """Also in the middle of a graph, of whatever shapes; and for good."""
+    calls = []
+
+    def fail(*args):
+        calls.append(args)
+        raise TypeError("planted")
+
+    cases = [((4,), (4,), ()), ((4, 3), (1, 3), ()), ((4, 3), (1, 3), (1,)), ((4, 3), (4, 3), (4,))]
+    monkeypatch.setattr(scan_numba, "_" + name, fail)
+    scan._module.cache_clear()
+    with pytest.warns(RuntimeWarning, match="numba fails.*plain PyTorch.*TypeError: planted") as caught:
+        for channels, own, groups in cases * 2:
+            decay, _, begins, h0 = make(70, channels, torch.complex128, groups=groups, state=True)
+            inputs = decay, torch.randn(70, *own, dtype=torch.complex128), begins, h0
+            weight = torch.randn(70, *channels, dtype=torch.complex128)
+            expected = outcome(lambda a, x, *v: loop(a, x.expand(-1, *channels), *v, False), inputs, weight)
+            assert_equal(outcome(linear_scan, inputs, weight), expected, 1e-12)
+    assert len(caught) == len(calls) == 1
+    with pytest.raises(TypeError, match="planted"):
+        outcome(lambda *v: linear_scan(*v, backend="numba"), inputs, weight)
+    scan._module.cache_clear()
+
+
+# linear attention
+
+
+def attention_loop(query, key, value, begins):
+    rows, memory = [], 0
+    for q, k, v, begin in zip(query, key, value, begins):
+        memory = (0 if begin else memory) + torch.outer(k, v)
+        rows.append(q @ memory)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 31, 32, 33, 64, 65, 100])
+@pytest.mark.parametrize("where", ["none", "0", "edges", "every", "some"])
+def test_linear_attention_equals_loop(steps, where):
+    begins = torch.zeros(steps, dtype=torch.bool)
+    begins[{"none": [], "0": [0], "edges": slice(0, None, 32), "every": slice(None), "some": slice(5, None, 13)}[where]] = True
+    for dtype in (torch.float32, torch.float64):
+        query, key, weight = (torch.randn(steps, size, dtype=dtype) for size in (3, 3, 5))
+        value = torch.randn(steps, 5, dtype=dtype)
+        exact = [e.double() for e in (query, key, value)]
+        expected = outcome(attention_loop, [*exact, begins], weight.double())
+        ours = outcome(linear_attention, [query, key, value, begins], weight)
+        assert ours[0].dtype == dtype
+        for name, a, b in zip(("attention", "grad query", "grad key", "grad value"), ours, expected, strict=True):
+            scale = 1 + b.abs().max()
+            assert (a - b).abs().max() <= 3 * TOLERANCE[dtype] * scale, f"{name}: {(a - b).abs().max() / scale:.1e}"
+
+
+def test_linear_attention_cannot_be_differentiated_twice():
+    query, key, value = (torch.randn(40, 3, requires_grad=True) for _ in range(3))
+    out = linear_attention(query, key, value, torch.zeros(40, dtype=torch.bool))
+    (grad,) = torch.autograd.grad((out**2).sum(), query, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "name, value, expected, got",
+    [
+        ("query", [1.0], "float32 or float64", "list"),
+        ("query", torch.ones(5, 3, dtype=torch.complex64), "float32 or float64", "complex64"),
+        ("query", torch.ones(5), r"\[T, K\]", r"\(5,\)"),
+        ("query", torch.ones(0, 3), "T >= 1", r"\(0, 3\)"),
+        ("key", torch.ones(5, 3, dtype=torch.float64), "float32", "float64"),
+        ("key", torch.ones(5, 2), r"\[T, K\].*\(5, 3\)", r"\(5, 2\)"),
+        ("key", torch.ones(5, 3, device="meta"), "device cpu", "meta"),
+        ("value", None, "float32", "NoneType"),
+        ("value", torch.ones(4, 2), r"\[T, V\]", r"\(4, 2\)"),
+        ("value", torch.ones(5), r"\[T, V\]", r"\(5,\)"),
+        ("begins", torch.zeros(5), "bool", "float32"),
+        ("begins", torch.zeros(5, 1, dtype=torch.bool), r"\[T\]", r"\(5, 1\)"),
+        ("begins", torch.zeros(4, dtype=torch.bool), r"\[T\]", r"\(4,\)"),
+    ],
+)
+def test_linear_attention_errors(name, value, expected, got):
+    good = {"query": torch.ones(5, 3), "key": torch.ones(5, 3), "value": torch.ones(5, 2), "begins": GOOD["begins"]}
+    with pytest.raises(ValueError, match=rf"^{name}: expected.*({expected}).*got.*{got}.*;"):
+        linear_attention(**{**good, name: value})
+
+
 # any monoid
 
 
@@ -372,6 +472,45 @@ def test_tune_cpu_keeps_single_precision(capability):
     assert done.returncode == 0, done.stderr
     if "AVX512" not in done.stdout:  # oneDNN takes these products over on no other processor
         assert done.stdout.startswith("False")
+
+
+@pytest.mark.parametrize(
+    "seconds, error, kept", [(0.9, 0, True), (0.97, 0, False), (1.5, 0, False), (0.5, 1e-2, False), (RuntimeError, 0, False)]
+)
+@pytest.mark.parametrize("before", ["none", "bf16"])
+def test_tune_cpu_permits_what_is_exact_and_faster(monkeypatch, seconds, error, kept, before):
+    """Planted times on a processor that claims AVX-512: a product takes `seconds` with the switch on, 1 with it off."""
+    switch = getattr(torch.backends.mkldnn, "matmul", None)
+    if not hasattr(switch, "fp32_precision"):
+        pytest.skip("PyTorch before 2.9 has no such switch")
+    ways = []
+
+    def time_product(a, b, out):
+        ways.append(switch.fp32_precision)
+        torch.mm(a, b, out=out)
+        if ways[-1] == "ieee":
+            return 1
+        if seconds is RuntimeError:
+            raise RuntimeError("planted")
+        out += error
+        return seconds + len(ways) % 3  # only the best of several counts
+
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(scan, "_time_product", time_product)
+    found, state = switch.fp32_precision, torch.get_rng_state()
+    try:
+        switch.fp32_precision = before
+        if seconds is RuntimeError:
+            with pytest.raises(RuntimeError, match="planted"):
+                scan.tune_cpu()
+        else:
+            assert ("onednn" in scan.tune_cpu()) == kept
+        assert switch.fp32_precision == ("bf16" if kept else before)
+    finally:
+        switch.fp32_precision = found
+    assert len(ways) == 2 or set(ways[::2]) == {"ieee"} and set(ways[1::2]) == {"bf16"}  # by turns
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_chunks_are_crossed():

@@ -1,0 +1,68 @@
+"""Runs a script with a line of it changed, to see what that line is for. Everything else stays as it is, the flags too.
+
+    python benchmark/probes/ablate.py memoryless single_files/ppo_tbb_lru_continuous_action.py --seed 1
+    python benchmark/probes/ablate.py huber_of_mean lr_warmup=200 single_files/dqn_tbb_s5.py --seed 1
+
+First the changes, then the script, then the script's own flags. The changes:
+memoryless      PPO: the memory forgets before every step, in rollouts, on the tape and in evaluations: each row is an episode
+                of its own. What memory buys on a task is the distance between the two
+huber_of_mean   DQN: one Huber loss of the mean absolute error, as the code of Morad et al. (2024) has it for segments, and not
+                the mean of the Huber losses
+lr_warmup=200   DQN: the learning rate rises over the first 200 updates
+"""
+
+import runpy
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+CHANGES = {  # what stands in the script, what comes in its place; {} is what stands behind the `=`
+    "memoryless": {
+        "self.memory(tape, self.encoder(tape.obs))": (
+            "self.memory(tape._replace(begins=torch.ones_like(tape.begins)), self.encoder(tape.obs))"
+        ),
+        "self.memory.step(self.encoder(obs), begins,": "self.memory.step(self.encoder(obs), torch.ones_like(begins),",
+    },
+    "huber_of_mean": {
+        "loss = F.smooth_l1_loss(old_val, target)": (
+            "mean_error = (old_val - target).abs().mean(); loss = F.smooth_l1_loss(mean_error, torch.zeros_like(mean_error))"
+        ),
+    },
+    "lr_warmup": {
+        '"lr"] = args.learning_rate * anneal': '"lr"] = args.learning_rate * anneal * min(1, (update + 1) / {})',
+    },
+}
+
+
+def ablated(text, change):
+    """The script's text with a change, `memoryless` or `lr_warmup=200`. Raises ValueError if it lacks what would change."""
+    name, _, value = change.partition("=")
+    if name not in CHANGES:
+        raise ValueError(f"{change}: expected one of {', '.join(CHANGES)}")
+    for old, new in CHANGES[name].items():
+        if text.count(old) != 1:
+            raise ValueError(f"{change}: expected one `{old}` in the script, found {text.count(old)}; adapt {__file__}")
+        text = text.replace(old, new.replace("{}", value))
+    return text
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] in (["-h"], ["--help"]):
+        print(__doc__)
+        sys.exit()
+    at = next((i for i, word in enumerate(sys.argv) if i and word.endswith(".py")), None)
+    if at is None or not (ROOT / sys.argv[at]).is_file():
+        sys.exit(f"{__doc__}\nexpected changes, then a script of single_files/, got {' '.join(sys.argv[1:]) or 'nothing'}")
+    script = ROOT / sys.argv[at]
+    text = script.read_text()
+    try:
+        for change in sys.argv[1:at]:
+            text = ablated(text, change)
+    except ValueError as error:
+        sys.exit(f"{script.name}: {error}")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, script.name)  # of the same name, which names the run
+        path.write_text(text)
+        sys.argv = [str(path), *sys.argv[at + 1 :]]
+        runpy.run_path(str(path), run_name="__main__")
