@@ -1,7 +1,9 @@
 """Atari through envpool: what reaches the tape, against frames that say where they are and against the emulator itself."""
 
 import ast
+import contextlib
 import functools
+import importlib.util
 import shutil
 import sys
 
@@ -9,35 +11,40 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, load_script
-from scripts import run, run_folder, scalars
+from scripts import run_folder, scalars
 
 envpool = pytest.importorskip("envpool", reason="pip install 'cleanrl-memoroid[envpool]'")
 
 SCRIPT = "dqn_tbb_lru_atari_envpool"
 MAKE = envpool.make_gymnasium
-TINY = "--cnn-channels 2 --hidden-size 8 --state-size 4 --eval-episodes 0 --checkpoint-interval 0 --no-save-model".split()
+TINY = "--cnn-channels 2 --hidden-size 8 --state-size 4 --eval-episodes 0 --checkpoint-interval 0".split()
+
+
+def main(script, folder, *flags, fake=False):
+    """Runs a script's __main__ here, where nothing is imported twice. -> its variables. `fake`: with games that tests know."""
+    path, module = ROOT / "single_files" / f"{script}.py", load_script(script)
+    body = ast.parse(path.read_text()).body[-1].body
+    space = dict(vars(module)) | {"tune_cpu": lambda: None}  # its switches are for a whole process
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(SystemExit):
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", [str(path), *map(str, flags)])
+        patch.setitem(sys.modules, "envpool", fake_envpool() if fake else envpool)
+        patch.setitem(sys.modules, "__main__", module)  # as it is when the script runs by itself
+        exec(compile(ast.Module(body, []), str(path), "exec"), space)
+    return space
+
+
+@functools.cache
+def fake_envpool():
+    spec = importlib.util.spec_from_file_location("fake_envpool", ROOT / "tests" / "fake_envpool" / "envpool.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
 def atari():
     return load_script(SCRIPT)
-
-
-@pytest.fixture
-def main(atari, monkeypatch, tmp_path):
-    """A function that runs what stands under the script's __main__ with these flags, here, where tests can look inside."""
-
-    def main(*flags):
-        path = ROOT / "single_files" / f"{SCRIPT}.py"
-        body = ast.parse(path.read_text()).body[-1].body
-        monkeypatch.chdir(tmp_path)
-        own = [] if "--resume" in flags else ["--no-tune-cpu"]  # its switches are for a whole process
-        monkeypatch.setattr(sys, "argv", [str(path), *flags, *own])
-        space = dict(vars(atari))
-        exec(compile(ast.Module(body, []), str(path), "exec"), space)
-        return space
-
-    return main
 
 
 class Stamped:
@@ -76,67 +83,69 @@ class Stamped:
 
 
 def places(obs):
-    """[T, 1, 84, 84] -> environment, episode and step of every row [T, 3]"""
-    return np.ascontiguousarray(obs[:, 0, 0, :24]).view(np.int64)
+    """[T, 84, 84] -> environment, episode and step of every row [T, 3]"""
+    return np.ascontiguousarray(obs[:, 0, :24]).view(np.int64)
 
 
-def check_episode(tape_buffer, rows, terminated, limit):
+def check_episode(episode, terminated, limit):
     """One episode on the tape is one episode of one environment, from its first frame to its last. -> its place"""
-    at = rows % len(tape_buffer.obs)
-    place = places(tape_buffer.obs[at])
+    place, steps = places(episode.obs.numpy()), len(episode.obs) - 1
     assert (place[:, :2] == place[0, :2]).all(), "rows of two environments or two episodes"
-    assert place[:, 2].tolist() == list(range(len(rows))), "a row is missing, or there twice"
-    assert tape_buffer.rewards[at[:-1]].tolist() == list(range(1, len(rows))), "a reward of another step"
-    assert tape_buffer.terminations[at].tolist() == [False] * (len(rows) - 2) + [terminated, False]
-    assert len(rows) - 1 <= limit and (terminated or len(rows) - 1 == limit), "truncated before its time"
+    assert place[:, 2].tolist() == list(range(steps + 1)), "a row is missing, or there twice"
+    assert episode.rewards[:-1].tolist() == list(range(1, steps + 1)), "a reward of another step"
+    assert episode.terminations.tolist() == [False] * (steps - 1) + [terminated, False]
+    assert episode.begins.tolist() == [True] + [False] * steps and episode.final.tolist() == [False] * steps + [True]
+    assert steps <= limit and (terminated or steps == limit), "truncated before its time"
     return tuple(place[0, :2].tolist())
 
 
-def collect(atari, main, monkeypatch, steps, limit, flags=()):
+def collect(atari, folder, steps, limit, flags=()):
     """Runs the script with random actions on stamped frames; every episode is checked as it ends. -> episodes, terminations"""
     found = {}
 
     class Checked(atari.FrameTape):
         def finish(self, i, final_obs, terminated):
-            first = self.running[i]
             super().finish(i, final_obs, terminated)
             assert terminated in (True, False)
-            found[check_episode(self, self.episodes[first], bool(terminated), limit)] = bool(terminated)
-            if len(found) % 200 == 1:  # and what an update would read, while older rows are overwritten
+            found[check_episode(self.episodes[-1], bool(terminated), limit)] = bool(terminated)
+            if len(found) % 200 == 1:  # and what an update would read, while older episodes are forgotten
                 tape = self.sample(50, np.random.default_rng(len(found)))
                 place, begins = places(tape.obs.numpy()), tape.begins.numpy()
                 same = (place[1:, :2] == place[:-1, :2]).all(1) & (place[1:, 2] == place[:-1, 2] + 1)
-                assert (same | begins[1:]).all() and (place[begins & (np.arange(len(begins)) < 51), 2] == 0).all()
+                assert (same | begins[1:]).all() and (place[begins, 2] == 0).all()
 
     flags = [*flags, *"--env-id Breakout-v5 --num-envs 8 --no-clip-reward --learning-starts 1000000".split()]
     flags += f"--total-timesteps {steps} --max-episode-steps {limit} --buffer-size {max(2_000, 8 * (limit + 1))}".split()
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(atari, "FrameTape", Checked)
         patch.setattr(envpool, "make_gymnasium", lambda *args, **kwargs: Stamped(MAKE(*args, **kwargs)))
-        assert main(*TINY, *flags)["tape_buffer"].next_row >= steps
+        assert main(SCRIPT, folder, *TINY, *flags)["global_step"] == steps
     return found
 
 
-LIMITS = [7, 50, 2_000]  # none of Breakout's random games lasts as long as the last
+SLOW = pytest.mark.slow  # as what takes most of the time is the emulator
 
 
-@pytest.mark.parametrize("steps", [6_000, pytest.param(100_000, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("limit", LIMITS)
-def test_no_row_on_the_tape_mixes_two_episodes(atari, main, monkeypatch, limit, steps):
+@pytest.mark.parametrize(
+    "limit, steps",
+    [(7, 400), (50, 1_200), *(pytest.param(limit, 100_000, marks=SLOW) for limit in (7, 50, 2_000))],
+)
+def test_no_row_on_the_tape_mixes_two_episodes(atari, tmp_path, limit, steps):
     """Bar: over 10^5 random steps in 8 environments, with time limits and without."""
-    found = collect(atari, main, monkeypatch, steps, limit)
+    found = collect(atari, tmp_path, steps, limit)
     for i in range(8):  # none is lost on the way
         numbers = sorted(episode for env, episode in found if env == i)
         assert numbers == list(range(len(numbers)))
-    expected = {7: 0, 50: 0, 2_000: len(found)}[limit]  # only a game without a limit is over
-    assert sum(found.values()) == expected and len(found) > steps / (400 if limit == 2_000 else limit + 1)
+    expected = {7: 0, 50: 0, 2_000: len(found)}[limit]  # only a game without a limit is over; none lasts for 2,000 steps
+    assert sum(found.values()) == expected and len(found) > steps / (400 if limit == 2_000 else limit + 2)
 
 
-def test_a_lost_life_ends_an_episode_only_if_asked(atari, main, monkeypatch, tmp_path):
-    games = collect(atari, main, monkeypatch, 8_000, 2_000)
+@SLOW
+def test_a_lost_life_ends_an_episode_only_if_asked(atari, tmp_path):
+    games = collect(atari, tmp_path, 8_000, 2_000)
     assert len(scalars(run_folder(tmp_path))["charts/episodic_return"]) == len(games)
     shutil.rmtree(tmp_path / "runs")
-    lives = collect(atari, main, monkeypatch, 8_000, 2_000, ["--episodic-life"])
+    lives = collect(atari, tmp_path, 8_000, 2_000, ["--episodic-life"])
     assert len(lives) > 3 * len(games) and all(games.values()) and all(lives.values())
     logged = scalars(run_folder(tmp_path))["charts/episodic_length"]  # of whole games
     assert 4 * len(logged) < len(lives) and min(length for _, length in logged) > 100
@@ -144,10 +153,10 @@ def test_a_lost_life_ends_an_episode_only_if_asked(atari, main, monkeypatch, tmp
 
 def test_a_game_that_is_over_in_the_step_of_its_time_limit_is_terminated(atari):
     def play(limit):
-        envs, rng = atari.EnvPool("Breakout-v5", 2, np.asarray, max_episode_steps=limit), np.random.default_rng(0)
-        envs.reset(seed=[5, 6])
+        envs, rng = atari.make_env("Breakout-v5", 1, {"max_episode_steps": limit}), np.random.default_rng(0)
+        envs.reset(seed=5)
         for t in range(1, 2_000):
-            _, _, terminations, truncations, infos = envs.step(rng.integers(4, size=2))
+            _, _, terminations, truncations, infos = envs.step(rng.integers(4, size=1))
             if terminations[0] or truncations[0]:
                 return t, bool(terminations[0]), bool(truncations[0]), bool(infos["game_over"][0])
 
@@ -155,6 +164,34 @@ def test_a_game_that_is_over_in_the_step_of_its_time_limit_is_terminated(atari):
     assert end == [True, False, True]
     assert play(length) == (length, True, True, True)
     assert play(length - 1) == (length - 1, False, True, True)
+
+
+@pytest.mark.parametrize("clip", ["--clip-reward", "--no-clip-reward"])
+def test_the_tape_holds_every_game_that_has_ended(tmp_path, clip):
+    """Frames, rewards and endings of games that a test knows, of which the last of each environment still runs."""
+    flags = "--num-envs 3 --total-timesteps 180 --learning-starts 1000 --max-episode-steps 6 --buffer-size 500".split()
+    space = main(SCRIPT, tmp_path, *TINY, *flags, clip, "--episodic-life", fake=True)
+    found, returns, frames = {}, [], 0
+    for episode in space["tape_buffer"].episodes:
+        found.setdefault(episode.obs.numpy().tobytes(), []).append(episode)
+    for seed in (1, 2, 3):  # --seed 1
+        steps, number, game = 0, 0, 0.0
+        while True:
+            obs, rewards, ending = fake_envpool().episode(seed, number)
+            steps, number, game = steps + len(rewards), number + 1, game + rewards.sum()
+            if steps > 60:
+                break
+            (episode,) = found.pop(obs.tobytes())
+            assert episode.rewards[:-1].tolist() == (np.sign(rewards) if clip == "--clip-reward" else rewards).tolist()
+            assert episode.terminations.tolist() == [False] * (len(rewards) - 1) + [ending != "time limit", False]
+            assert episode.begins.nonzero().tolist() == [[0]] and episode.final.nonzero().tolist() == [[len(rewards)]]
+            if ending != "life lost":
+                returns.append(game)
+                game = 0.0
+            frames += len(obs)
+    assert not found and frames > 150
+    logged = scalars(run_folder(tmp_path))["charts/episodic_return"]
+    assert sorted(value for _, value in logged) == sorted(returns)
 
 
 @functools.cache
@@ -207,24 +244,23 @@ class Emulator:
 @pytest.mark.parametrize(
     "game, limit, steps, flags",
     [
-        ("Breakout", 27_000, 1_500, ""),
-        ("Breakout", 60, 700, ""),
-        ("Breakout", 27_000, 1_500, "--episodic-life"),
-        pytest.param("Pong", 27_000, 6_000, "", marks=pytest.mark.slow),
-        pytest.param("SpaceInvaders", 27_000, 4_000, "", marks=pytest.mark.slow),
-        pytest.param("SpaceInvaders", 27_000, 4_000, "--episodic-life", marks=pytest.mark.slow),
-        pytest.param("Seaquest", 90, 2_000, "", marks=pytest.mark.slow),
+        ("Breakout", 60, 300, ""),
+        pytest.param("Breakout", 27_000, 1_500, "", marks=SLOW),
+        pytest.param("Breakout", 27_000, 1_500, "--episodic-life", marks=SLOW),
+        pytest.param("Pong", 27_000, 6_000, "", marks=SLOW),
+        pytest.param("SpaceInvaders", 27_000, 4_000, "", marks=SLOW),
+        pytest.param("SpaceInvaders", 27_000, 4_000, "--episodic-life", marks=SLOW),
+        pytest.param("Seaquest", 90, 2_000, "", marks=SLOW),
     ],
 )
-def test_the_tape_holds_what_the_emulator_shows(atari, main, monkeypatch, game, limit, steps, flags):
+def test_the_tape_holds_what_the_emulator_shows(atari, monkeypatch, tmp_path, game, limit, steps, flags):
     """Actions on the tape, played again through Gymnasium and ALE: frames to rounding; rewards, ends and lives exactly."""
     ended, lives = [], []
 
     class Recorded(atari.FrameTape):
         def finish(self, i, final_obs, terminated):
-            first = self.running[i]
             super().finish(i, final_obs, terminated)
-            ended.append((i, self.episodes[first]))
+            ended.append((i, self.episodes[-1]))
 
     class Watched(atari.EnvPool):
         def step(self, actions):
@@ -234,94 +270,129 @@ def test_the_tape_holds_what_the_emulator_shows(atari, main, monkeypatch, game, 
 
     monkeypatch.setattr(atari, "FrameTape", Recorded)
     monkeypatch.setattr(atari, "EnvPool", Watched)
-    kwargs = '{"noop_max": 1, "use_fire_reset": false}'
-    flags = [*flags.split(), "--env-id", f"{game}-v5", "--env-kwargs", kwargs, "--num-envs", "2", "--no-clip-reward"]
-    flags += f"--total-timesteps {steps} --max-episode-steps {limit} --buffer-size {2 * limit + 3_000}".split()
-    tape_buffer = main(*TINY, "--learning-starts", "1000000", *flags)["tape_buffer"]
-    assert len(ended) >= 4 and {i for i, _ in ended} == {0, 1} and tape_buffer.next_row < len(tape_buffer.obs)
+    flags = [*flags.split(), *f"--env-id {game}-v5 --env-kwargs noop_max 1 use_fire_reset False".split()]
+    flags += f"--num-envs 2 --no-clip-reward --total-timesteps {steps} --max-episode-steps {limit}".split()
+    main(SCRIPT, tmp_path, *TINY, "--learning-starts", "1000000", "--buffer-size", 2 * limit + 3_000, *flags)
+    assert len(ended) >= 4 and {i for i, _ in ended} == {0, 1}
     emulators, new_game, steps = [Emulator(game), Emulator(game)], [True, True], [0, 0]
-    for i, rows in ended:
-        obs, actions, rewards = tape_buffer.obs[rows, 0], tape_buffer.actions[rows], tape_buffer.rewards[rows]
+    for i, (obs, _, actions, rewards, terminations, _) in ended:
         emulators[i].begin(new_game[i])
-        for t in range(len(rows)):
-            assert abs(emulators[i].look() - obs[t]).max() < 0.501, (i, t)  # a half may go to either side
-            if t < len(rows) - 1:
+        for t in range(len(obs)):
+            assert abs(emulators[i].look() - obs[t].numpy()).max() < 0.501, (i, t)  # a half may go to either side
+            if t < len(obs) - 1:
                 reward, over, lost = emulators[i].step(int(actions[t]))
                 assert reward == rewards[t] and emulators[i].lives == lives[steps[i]][i]
                 steps[i] += 1
                 end = over or (lost and "--episodic-life" in flags)
-                assert end == tape_buffer.terminations[rows[t]] and (end or t + 2 == limit + 1) == (t + 2 == len(rows))
-        new_game[i] = over or len(rows) == limit + 1
+                assert end == terminations[t] and (end or t + 2 == limit + 1) == (t + 2 == len(obs))
+        new_game[i] = over or len(obs) == limit + 1
 
 
-SMALL = "--cnn-channels 2 --hidden-size 8 --state-size 4 --num-envs 3 --max-episode-steps 40 --buffer-size 500".split()
-SMALL += "--total-timesteps 1500 --learning-starts 500 --batch-size 60 --train-frequency 30 --checkpoint-interval 300".split()
-SMALL += "--eval-episodes 4 --env-id Breakout-v5".split()
+SMALL = "--cnn-channels 2 --hidden-size 8 --state-size 4 --num-envs 3 --max-episode-steps 6 --buffer-size 500".split()
+SMALL += "--total-timesteps 900 --learning-starts 300 --batch-size 60 --train-frequency 30 --checkpoint-interval 200".split()
+SMALL += ["--eval-episodes", "4"]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
-    return folder, run(folder, *SMALL, script=SCRIPT).splitlines()
+    main(SCRIPT, folder, *SMALL, fake=True)
+    return folder
 
 
-def test_a_run_logs_saves_and_evaluates(finished):
-    folder, out = finished
-    assert out[0].startswith("memory (GB): tape 0.00") and out[1].startswith(f"{SCRIPT}: Breakout-v5")
-    assert out[-1].startswith("evaluation: episodic_return=") and "(4 greedy games" in out[-1]
-    logged = scalars(run_folder(folder))
+def test_a_run_logs_saves_and_evaluates(finished, tmp_path, capsys):
+    main(SCRIPT, tmp_path, *SMALL, fake=True)
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "games run in C++ and cannot be saved: --resume will begin new ones"
+    assert out[1].startswith(f"{SCRIPT}: Pong-v5, 900 steps") and out[3] == "the tape takes 0.00 GB once it is full"
+    assert out[-1].startswith("evaluation: episodic_return=") and out[-1].endswith("the mean of 4 greedy games")
+    logged = scalars(run_folder(tmp_path))
     names = "charts/episodic_return charts/episodic_length losses/td_loss losses/q_values charts/epsilon charts/buffer_fill"
     assert set(names.split()) <= set(logged) and len(logged["eval/episodic_return"]) == 4
-    assert {value for _, value in logged["charts/episodic_length"]} == {40.0}
-    again = run(folder, "--evaluate", run_folder(folder), "--eval-episodes", "4", script=SCRIPT)
-    assert again.splitlines()[-1] == out[-1]
-    assert not list(folder.glob("runs/*/*.partial"))
+    assert logged == scalars(run_folder(finished))  # equal seeds, equal runs
+    main(SCRIPT, tmp_path, "--evaluate", run_folder(tmp_path), fake=True)
+    assert capsys.readouterr().out.splitlines()[-1] == out[-1]
+    assert not list(tmp_path.glob("runs/*/*.partial"))
 
 
-def test_equal_seeds_give_equal_runs(finished, tmp_path):
-    run(tmp_path, *SMALL, script=SCRIPT)
-    assert scalars(run_folder(tmp_path)) == scalars(run_folder(finished[0]))
-
-
-def test_a_resumed_run_goes_on_with_tape_and_weights_and_new_games(finished, main, tmp_path, capsys):
-    """From the last checkpoint of a finished run, at 1,200 steps."""
-    shutil.copytree(finished[0] / "runs", tmp_path / "runs")
-    saved = torch.load(run_folder(tmp_path) / "checkpoint.pt", weights_only=True)
-    assert saved["global_step"] == 1200 and saved["update"] == (1200 - 500) // 30 + 1
-    space = main("--resume", str(run_folder(tmp_path)))
+def test_a_resumed_run_goes_on_with_tape_and_weights_and_new_games(finished, tmp_path, capsys):
+    """From the last checkpoint of a finished run, at 800 steps, with a larger tape."""
+    shutil.copytree(finished / "runs", tmp_path / "runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "__main__", load_script(SCRIPT))
+        saved = torch.load(run_folder(tmp_path) / "checkpoint.pt", weights_only=False)["state"]
+    assert saved["global_step"] == 801 and saved["update"] == 801 // 30 - 300 // 30 and len(saved["episodes"]) > 50
+    seeds, make = [], fake_envpool().make_gymnasium
+    with pytest.MonkeyPatch.context() as patch:
+        spy = lambda *args, seed, **options: seeds.append(seed) or make(*args, seed=seed, **options)  # noqa: E731
+        patch.setattr(fake_envpool(), "make_gymnasium", spy)
+        space = main(SCRIPT, tmp_path, "--resume", run_folder(tmp_path), "--buffer-size", "5000", fake=True)
+    assert not set(seeds[0]) & {1, 2, 3} and seeds[1] == [1_000_001, 1_000_002, 1_000_003, 1_000_004]
     out = capsys.readouterr().out
-    assert f" {saved['update'] + 10} updates" in out and "evaluation: episodic_return=" in out
-    rows = np.arange(1_110, 1_200) % 500  # written before the checkpoint, and not overwritten since
-    np.testing.assert_array_equal(space["tape_buffer"].obs[rows], saved["tape_buffer"]["obs"].numpy()[rows])
-    assert space["env_seeds"] != np.random.default_rng(1).integers(2**31, size=(2, 3))[0].tolist()  # not those of the start
-    lengths = scalars(run_folder(tmp_path))["charts/episodic_length"]
-    assert {value for _, value in lengths} == {40.0}
-    assert [step for step, _ in lengths if 1200 < step] == [1320] * 3 + [1440] * 3
+    assert "cannot be saved: new ones begin" in out and "900 steps, 20 updates" in out and "evaluation:" in out
+    ours = space["tape_buffer"].episodes
+    assert len(ours) > len(saved["episodes"])  # nothing forgotten, as there is room enough
+    for one, other in zip(ours, saved["episodes"]):
+        assert all(torch.equal(a, b) for a, b in zip(one, other))
     assert len(scalars(run_folder(tmp_path))["eval/episodic_return"]) == 4  # not also those before the run was resumed
+
+
+def test_evaluation_plays_one_whole_game_in_each_environment(atari):
+    """Also where a lost life ends an episode: memory begins anew, and the game goes on. Later games do not count."""
+
+    class Lives:
+        """Game i has lives of i + 1 steps, which earn 1, 2 and so on; after three lives it is over."""
+
+        num_envs = 3
+
+        def reset(self, seed):
+            self.t, self.begun, self.over = np.zeros(3, int), [], np.zeros(3, int)
+            return np.zeros((3, 52, 52), np.uint8), {}
+
+        def step(self, actions):
+            self.t += 1
+            ends, length = self.t % (np.arange(3) + 1) == 0, 3 * (np.arange(3) + 1)
+            over, rewards = self.t == length, self.t.astype(np.float32)
+            self.t[over], self.over = 0, self.over + over
+            return np.zeros((3, 52, 52), np.uint8), rewards, ends, np.zeros(3, bool), {"game_over": over}
+
+        def close(self):
+            self.closed = True
+
+    class Network:
+        def __init__(self):
+            self.begins = []
+
+        def initial_state(self, num_envs):
+            return torch.zeros(num_envs, 1)
+
+        def step(self, obs, begins, state):
+            self.begins.append(begins.tolist())
+            return torch.zeros(3, 4), state
+
+    envs, network = Lives(), Network()
+    assert atari.evaluate(network, envs, 1).tolist() == [1 + 2 + 3, sum(range(1, 7)), sum(range(1, 10))]
+    assert envs.closed and envs.over.tolist() == [3, 1, 1]
+    assert np.array(network.begins).T.tolist() == [[True] * 9, [t % 2 == 0 for t in range(9)], [t % 3 == 0 for t in range(9)]]
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--env-id Pnog-v5", "--env-id: expected a game of envpool, got 'Pnog-v5'; the nearest are P"),
+        ("--env-id Pnog-v5", "--env-id Pnog-v5, .*: envpool raised KeyError.'Pnog-v5'.; .*see its list_all_envs"),
         (
             "--env-id CartPole-v1",
-            "--env-id CartPole-v1, .*: expected options that this game has, got episodic_life, stack_num",
+            "--env-id CartPole-v1, .*: envpool raised TypeError.*unexpected keyword argument 'stack_num'",
         ),
-        ('--env-kwargs {"stack_num":4}', "--env-kwargs: expected none of .*stack_num, got stack_num; this file sets them"),
-        ('--env-kwargs {"max_episode_steps":9}', "got max_episode_steps; this file sets them, by flags of its own"),
-        ('--env-kwargs {"noop_max":0}', "--env-kwargs: expected noop_max of at least 1, got 0"),
-        (
-            '--env-kwargs {"colour":1}',
-            "--env-id Pong-v5, --env-kwargs: expected options .*, got colour; its own: envpool.make_spec",
-        ),
-        ('--env-kwargs {"img_height":42}', "expected frames .1, 84, 84. of bytes, got Box.*leave img_height"),
+        ("--env-kwargs colour 1", "--env-kwargs .*'colour': 1.*unexpected keyword argument 'colour'.*make_spec.NAME..config"),
+        ("--env-kwargs noop_max 0", "--env-kwargs noop_max: expected at least 1, got 0; raise it or leave it out"),
+        ("--env-kwargs img_height 43", "--env-kwargs img_height: expected at least 44, got 43; raise it"),
+        ("--env-kwargs gray_scale False", "--env-kwargs gray_scale: expected at least 1, got False; .*leave it out"),
         ("--buffer-size 1000", "--buffer-size: expected at least 216008, got 1000; raise it, or lower --max-episode-steps"),
         ("--num-envs 0", "--num-envs: expected at least 1, got 0; raise it"),
-        ("--buffer-size 100000000", "memory: expected at most the .* GB available, got tape .*; lower --buffer-size"),
-        ("--resume nowhere", "expected a run's directory with a file checkpoint.pt.*got 'nowhere'"),
+        ("--resume nowhere", "--resume: expected a file nowhere/checkpoint.pt, got none; see `ls runs`"),
     ],
 )
-def test_errors_say_what_to_do(main, flags, message):
+def test_errors_say_what_to_do(tmp_path, flags, message):
     with pytest.raises(ValueError, match=message):
-        main(*flags.split())
+        main(SCRIPT, tmp_path, *flags.split())

@@ -1,46 +1,50 @@
 """The PPO scripts on envpool: what reaches the tape, runs from the shell, and several processes that learn as one."""
 
-import importlib.util
 import os
-import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from conftest import ROOT, load_script
-from scripts import alone, fails, run, run_folder, scalars
+from scripts import alone, run, run_folder, scalars
 
 envpool = pytest.importorskip("envpool")
+from test_envpool import fake_envpool, main  # noqa: E402  which needs envpool, too
 
-MINIGRID, ATARI = "ppo_tbb_lru_minigrid_envpool", "ppo_tbb_lru_atari_envpool"
+MINIGRID, ATARI, MULTIGPU = (
+    f"ppo_tbb_lru_{name}_envpool{gpus}" for name, gpus in (("minigrid", ""), ("atari", ""), ("atari", "_multigpu"))
+)
+FAKE = os.pathsep.join([str(ROOT / "tests" / "fake_envpool"), str(ROOT / "tests")])
 SMALL = "--num-envs 8 --num-steps 16 --num-minibatches 2 --update-epochs 2 --hidden-size 16 --state-size 4 --eval-episodes 3 "
-FLAGS = {  # runs of seconds, whose episodes, cut off after 40 steps, run across rollouts
-    MINIGRID: [*SMALL.split(), "--total-timesteps", "2048", "--env-kwargs", '{"max_episode_steps": 40}'],
-    ATARI: [*SMALL.split(), "--total-timesteps", "1024"]
-    + ["--env-kwargs", '{"max_episode_steps": 40, "img_height": 48, "img_width": 48}'],
+FLAGS = {  # runs of seconds, whose episodes run across rollouts; Atari's games are those that a test knows
+    MINIGRID: [*SMALL.split(), *"--total-timesteps 2048 --env-kwargs max_episode_steps 40".split()],
+    ATARI: [*SMALL.split(), *"--total-timesteps 1024 --cnn-channels 8".split()],
 }
 METRICS = """charts/episodic_return charts/episodic_length charts/learning_rate charts/prefix_share losses/value_loss
     losses/policy_loss losses/entropy losses/old_approx_kl losses/approx_kl losses/clipfrac losses/explained_variance
     losses/grad_norm losses/logprob_error eval/episodic_return"""
 
 
-@pytest.mark.parametrize("limit", [7, 50, None])
-@pytest.mark.parametrize(("script", "env_id"), [(MINIGRID, "MiniGrid-MemoryS7-v0"), (ATARI, "Breakout-v5")])
-def test_no_row_mixes_two_episodes(script, env_id, limit):
+@pytest.mark.parametrize(
+    "script, env_id, limit, steps",
+    [
+        *((MINIGRID, "MiniGrid-MemoryS7-v0", limit, 3_000) for limit in (7, 50, None)),
+        (ATARI, "Breakout-v5", 7, 100),
+        *(pytest.param(ATARI, "Breakout-v5", limit, 2_000, marks=pytest.mark.slow) for limit in (7, 50, None)),
+    ],
+)
+def test_no_row_mixes_two_episodes(script, env_id, limit, steps):
     """Against envpool as it is, with equal seeds and actions: the same rows but for those that follow an episode's end."""
     options = {} if limit is None else {"max_episode_steps": limit}
     if script == ATARI:
         options |= {"img_height": 48, "img_width": 48, "episodic_life": True}
-    envs_count, steps = 8, 12_500 if script == MINIGRID else 300 if limit == 7 else 1_000  # an emulator's reset takes long
-    ours = load_script(script).make_env(env_id, options)(envs_count)
-    if script == ATARI:
-        options |= {"stack_num": 1}
+    envs_count = 8 if script == MINIGRID else 2
+    ours = load_script(script).make_env(env_id, envs_count, options)
+    options |= {"stack_num": 1} if script == ATARI else {"action_max": 2}
     theirs = envpool.make_gymnasium(env_id, num_envs=envs_count, seed=list(range(envs_count)), num_threads=1, **options)
-    obs, raw = ours.reset(seed=list(range(envs_count)))[0], ours.view(theirs.reset()[0])
+    obs, raw = ours.reset(seed=0)[0], ours.view(theirs.reset()[0])
     np.testing.assert_array_equal(obs, raw)
     rng, number, lengths, cuts = np.random.default_rng(0), np.arange(envs_count), np.zeros(envs_count, int), 0
     for _ in range(steps):
@@ -66,13 +70,13 @@ def test_no_row_mixes_two_episodes(script, env_id, limit):
             assert "final_obs" not in infos
         np.testing.assert_array_equal(obs, raw)
         cuts += truncations.sum()
-    assert cuts > 100 or limit is None
+    assert cuts > 20 or limit is None
 
 
 def test_view_of_minigrid():
     """Three symbols of 49 cells, then the direction; as ones and zeros, one 1 for each."""
     script = load_script(MINIGRID)
-    obs, _ = script.make_env("MiniGrid-MemoryS9-v0", {})(4).reset(seed=[0, 1, 2, 3])
+    obs, _ = script.make_env("MiniGrid-MemoryS9-v0", 4, {}).reset(seed=0)
     raw, _ = envpool.make_gymnasium("MiniGrid-MemoryS9-v0", num_envs=4, seed=[0, 1, 2, 3]).reset()
     assert obs.shape == (4, 148) and obs.dtype == np.uint8
     np.testing.assert_array_equal(obs[:, :147].reshape(4, 7, 7, 3), raw["image"])
@@ -88,22 +92,50 @@ def test_view_of_minigrid():
 
 
 @pytest.mark.parametrize("script", FLAGS)
-def test_a_run_logs_saves_evaluates_and_resumes(tmp_path, script):
-    out = run(tmp_path, *FLAGS[script], script=script)
-    assert "warning" not in out and out.splitlines()[-1].startswith("evaluation: episodic_return=")
-    folder = run_folder(tmp_path)
+def test_a_run_logs_saves_evaluates_and_resumes(tmp_path, capsys, script):
+    main(script, tmp_path, *FLAGS[script], fake=script == ATARI)
+    out, folder = capsys.readouterr().out.splitlines(), run_folder(tmp_path)
+    assert out[0] == "games run in C++ and cannot be saved: --resume will begin new ones" and "warning" not in " ".join(out)
+    assert out[-1].startswith("evaluation: episodic_return=") and out[-1].endswith("the mean of 3 greedy games")
     logged = scalars(folder)
     assert set(METRICS.split()) == set(logged)
     assert 0 < max(value for _, value in logged["losses/logprob_error"]) < 1e-4  # rollout and tape are one policy
-    assert max(value for _, value in logged["charts/prefix_share"]) > 0.3  # although episodes run across rollouts
-    assert max(value for _, value in logged["charts/episodic_length"]) == 40
-    again = run(tmp_path, "--evaluate", folder, "--eval-episodes", "3", script=script)
-    assert again.splitlines()[-1] == out.splitlines()[-1]
-    resumed = run(tmp_path, "--resume", folder, script=script)  # from step 0, the only checkpoint: with other games
-    assert "warning" not in resumed and run_folder(tmp_path) == folder
-    for name in ("losses/value_loss", "eval/episodic_return"):
+    assert max(value for _, value in logged["charts/prefix_share"]) > 0.1  # although episodes run across rollouts
+    assert script == ATARI or max(value for _, value in logged["charts/episodic_length"]) == 40
+    main(script, tmp_path, "--evaluate", folder, fake=script == ATARI)
+    assert capsys.readouterr().out.splitlines()[-1] == out[-1]
+
+    first = torch.load(folder / "model.pt", weights_only=True)["agent"]
+    space = main(script, tmp_path, "--resume", folder, "--no-anneal-lr", "--learning-rate", "0", fake=script == ATARI)
+    out = capsys.readouterr().out  # from step 0, the only checkpoint: with other games, and the rate that was asked for
+    assert "cannot be saved: new ones begin" in out and "warning" not in out and run_folder(tmp_path) == folder
+    assert not torch.equal(first["actor.weight"], space["agent"].actor.weight)
+    torch.manual_seed(1)
+    for name, tensor in load_script(script).Agent(space["envs"], space["args"]).state_dict().items():
+        assert torch.equal(tensor, space["agent"].state_dict()[name]), name
+    for name in ("losses/value_loss", "eval/episodic_return"):  # nothing is there twice
         assert len(scalars(folder)[name]) == len(logged[name])
+    assert scalars(folder)["charts/episodic_return"] != logged["charts/episodic_return"]
     assert not list(tmp_path.glob("runs/*/*.partial"))
+
+
+@pytest.mark.parametrize("script", FLAGS)
+def test_a_run_resumes_weights_optimiser_step_and_random_numbers(tmp_path, script):
+    """At its last rollout, from the checkpoint before it."""
+    names = "agent optimizer rng global_step".split() + ["return_rms"] * (script == MINIGRID)
+    space = main(script, tmp_path, *FLAGS[script], "--checkpoint-interval", "128", fake=script == ATARI)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "__main__", load_script(script))
+        saved = torch.load(run_folder(tmp_path) / "checkpoint.pt", weights_only=False)["state"]
+    assert list(saved) == names and saved["global_step"] == space["global_step"] - 128
+    seeds, module = [], load_script(script)
+    reset = module.EnvPool.reset
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.EnvPool, "reset", lambda envs, seed: seeds.append(seed) or reset(envs, seed))
+        resumed = main(script, tmp_path, "--resume", run_folder(tmp_path), fake=script == ATARI)
+    assert seeds == [saved["rng"].integers(2**31), 1_000_001]  # other games than at the start
+    steps = [variables["optimizer"].state_dict()["state"][0]["step"].item() for variables in (saved, resumed)]
+    assert resumed["global_step"] == space["global_step"] and steps[1] == steps[0] + 4  # two minibatches, twice
 
 
 @pytest.mark.parametrize("script", FLAGS)
@@ -111,114 +143,94 @@ def test_equal_seeds_give_equal_runs_and_others_do_not(tmp_path, script):
     found = []
     for name, seed in (("one", 1), ("same", 1), ("other", 2)):
         (tmp_path / name).mkdir()
-        run(tmp_path / name, *FLAGS[script], "--seed", str(seed), "--eval-episodes", "0", script=script)
+        main(script, tmp_path / name, *FLAGS[script], "--seed", seed, "--eval-episodes", "0", fake=script == ATARI)
         found.append(scalars(run_folder(tmp_path / name)))
     assert found[0] == found[1] != found[2]
 
 
 @pytest.mark.parametrize("script", FLAGS)
 def test_the_file_alone_runs(tmp_path, script):
-    out = run(tmp_path, *FLAGS[script], "--total-timesteps", "256", **alone(tmp_path, script))
-    assert "this file's own scan" in out and "warning" not in out
+    where = alone(tmp_path, script)
+    where["path"] = os.pathsep.join([where["path"], FAKE])
+    out = run(tmp_path, *FLAGS[script], "--total-timesteps", "256", **where)
+    assert "this file's own scan" in out and "warning" not in out and "evaluation: " in out
 
 
 @pytest.mark.parametrize(
     "script, flags, message",
     [
-        (MINIGRID, "--env-id MiniGrid-MemoryS8-v0", "expected a game of envpool, got 'MiniGrid-MemoryS8-v0'"),
+        (MINIGRID, "--env-id MiniGrid-MemoryS8-v0", "--env-id MiniGrid-MemoryS8-v0, .*KeyError.'MiniGrid-MemoryS8-v0'"),
         (
             MINIGRID,
-            '--env-kwargs {"acton_max":2}',
-            "MiniGrid-MemoryS7-v0, --env-kwargs: expected options that this game has, got acton_max; its own: envpool.make",
+            "--env-kwargs acton_max 2",
+            "--env-kwargs .*'acton_max': 2.*unexpected keyword.*; .*make_spec.NAME..config",
         ),
-        (MINIGRID, "--env-id CartPole-v1", "expected MiniGrid-.*use ppo_tbb_lru.py"),
-        (MINIGRID, "--capture-video", "--capture-video: expected no such flag"),
-        (ATARI, '--env-kwargs {"noop_max":0}', "expected noop_max of at least 1, got 0"),
-        (ATARI, "--num-envs 6", "--num-envs 6: expected a multiple of 4 minibatches x 1 processes"),
-        (ATARI, '--env-kwargs {"img_height":43}', r"expected grey frames of 44 x 44 pixels, got \(43, 84\)"),
-        (ATARI, "--cuda", "--cuda: expected a CUDA device per process, PyTorch finds 0"),
+        (MINIGRID, "--env-id CartPole-v1", "--env-id CartPole-v1, .*expected MiniGrid-. of 7 x 7 cells; or adapt OneHot"),
+        (MINIGRID, "--env-kwargs agent_view_size 5", "'agent_view_size': 5.: expected MiniGrid-. of 7 x 7 cells"),
+        (ATARI, "--env-kwargs noop_max 0", "--env-kwargs noop_max: expected at least 1, got 0; raise it"),
+        (ATARI, "--num-envs 6", "--num-minibatches 4: expected a divisor of --num-envs 6"),
+        (ATARI, "--env-kwargs img_height 43", "--env-kwargs img_height: expected at least 44, got 43"),
+        (ATARI, "--cuda", "--cuda: expected a CUDA device, PyTorch finds none; drop the flag"),
+        (MULTIGPU, "--num-envs 6", "--num-envs 6: expected a multiple of 4, minibatches x processes; raise it"),
+        (MULTIGPU, "--cuda", "--cuda: expected a GPU for each process, got 0; start fewer, or drop it"),
     ],
 )
 def test_errors_say_what_to_do(tmp_path, script, flags, message):
     if flags == "--cuda" and torch.cuda.is_available():
         pytest.skip("it has one")
-    assert re.search(message, fails(tmp_path, *flags.split(), script=script))
+    with pytest.raises(ValueError, match=message):
+        main(script, tmp_path, *flags.split())
     assert not list(tmp_path.iterdir())
 
 
-# several processes
+def test_processes_of_torchrun_learn_as_one(tmp_path):
+    """Two with half of the games each, beside one process with all: one gradient, one writer, and weights that stay equal.
 
-STEPS, ENVS, FRAME = 6, 4, (48, 48)
+    All take the likeliest action, as their random numbers differ.
+    """
+    greedy, told = ("(policy + noise).argmax(-1)", "policy.argmax(-1)"), "                optimizer.step()\n"
+    for script, who in ((MULTIGPU, "{rank}"), (ATARI, "whole")):
+        text = (ROOT / "single_files" / f"{script}.py").read_text()
+        assert text.count(greedy[0]) == text.count(told) == text.count("    bar.close()\n") == 1
+        first = f'torch.save([p.grad for p in agent.parameters() if p.grad is not None], f"gradient_{who}_{{update}}.pt")'
+        text = text.replace(*greedy).replace(told, f"{told}                update += 1\n")
+        text = text.replace(
+            "                grad_norm = nn.utils", f"                {first}\n                grad_norm = nn.utils"
+        )
+        text = text.replace(
+            "    bar.close()\n", f'    torch.save([agent.state_dict(), obs], f"last_{who}.pt")\n    bar.close()\n'
+        )
+        (tmp_path / f"{script}.py").write_text(text.replace("    global_step = 0\n", "    global_step = update = 0\n"))
+    flags = "--num-envs 4 --num-steps 16 --num-minibatches 1 --update-epochs 2 --total-timesteps 128 --cnn-channels 4".split()
+    flags += "--hidden-size 16 --state-size 4 --eval-episodes 2 --max-grad-norm 1000000 --episodic-life".split()
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", f"{MULTIGPU}.py", *flags]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([FAKE, str(ROOT)]), "OMP_NUM_THREADS": "1"}
+    outs = []
+    for command in (torchrun, [f"{ATARI}.py", *flags]):
+        done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, env=env)
+        assert done.returncode == 0, done.stderr
+        outs.append(done.stdout)
+    assert outs[0].count("trained for 128 steps") == outs[0].count("evaluation: ") == 1 and "warning" not in outs[0]
 
-
-class Spaces:
-    import gymnasium as gym
-
-    single_observation_space = gym.spaces.Box(0, 255, FRAME, np.uint8)
-    single_action_space = gym.spaces.Discrete(3)
-
-
-def gradients(envs, norm_adv=True):
-    """Of PPO's loss of these environments' rows: a prefix and a rollout of noise, the same for whoever calls."""
-    script = load_script(ATARI)
-    args = script.Args(hidden_size=8, state_size=4, norm_adv=norm_adv)
-    torch.manual_seed(0)
-    agent = script.Agent(Spaces, args)
-    rng = np.random.default_rng(0)
-    obs = rng.integers(256, size=(2 * STEPS, ENVS, *FRAME), dtype=np.uint8)
-    begins = rng.random((2 * STEPS, ENVS)) < 0.2
-    begins[0] = True
-    begins[1:, 1] = False
-    rows = [torch.from_numpy(rng.normal(size=(ENVS, STEPS)).astype(np.float32)) for _ in range(4)]
-    rows[2] *= torch.arange(1.0, 1 + ENVS)[:, None]  # advantages whose spread differs between processes
-    actions = torch.from_numpy(rng.integers(3, size=(ENVS, STEPS, 1)))
-    tape = script.CarriedTape(obs[:, envs], agent.memory.initial_state(len(envs)))
-    tape.add(obs[:, envs], begins[:, envs])
-    batch = script.Batch(actions[envs].flatten(0, 1), *(row[envs].flatten() for row in rows))
-    policy, value, _ = agent(tape.sections(range(len(envs)), STEPS))
-    script.ppo_loss(policy, value, batch, args)[0].backward()
-    script.average_gradients(agent.parameters())
-    return [parameter.grad for parameter in agent.parameters() if parameter.grad is not None]
-
-
-def process(rank, folder, norm_adv):
-    """One of two: it sees half of the environments."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    torch.save(gradients([0, 1] if rank == 0 else [2, 3], norm_adv), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("norm_adv", [True, False])
-def test_two_processes_have_the_gradient_of_one_on_the_joined_tape(tmp_path, norm_adv):
-    mp.spawn(process, (str(tmp_path), norm_adv), nprocs=2)
-    whole = gradients([0, 1, 2, 3], norm_adv)
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    whole, one, other = (torch.load(tmp_path / f"gradient_{who}_0.pt") for who in ("whole", 0, 1))
     assert len(whole) > 10 and max(grad.abs().max() for grad in whole) > 1e-2
-    for one, other, expected in zip(*found, whole):
-        assert torch.equal(one, other)
-        torch.testing.assert_close(one, expected, rtol=1e-4, atol=1e-6)
+    for ours, theirs, expected in zip(one, other, whole):
+        assert torch.equal(ours, theirs)
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+    whole, one, other = (torch.load(tmp_path / f"last_{who}.pt", weights_only=False) for who in ("whole", 0, 1))
+    assert one[1].shape == (16, 2, 48, 48) and not np.array_equal(one[1], other[1])
+    np.testing.assert_array_equal(np.concatenate([one[1], other[1]], 1), whole[1])
+    assert all(torch.equal(tensor, other[0][name]) for name, tensor in one[0].items())
+    ours, theirs = (scalars(next(tmp_path.glob(f"runs/*__{script}__*"))) for script in (MULTIGPU, ATARI))
+    assert ours.keys() == theirs.keys() == set(METRICS.split()) and len(ours["losses/value_loss"]) == 2
+    np.testing.assert_allclose(ours["losses/grad_norm"][0], theirs["losses/grad_norm"][0], rtol=1e-4)
 
-
-def test_torchrun_has_one_writer_and_equal_weights(tmp_path):
-    """The processes play other games, and end with the same weights."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    text = (ROOT / "single_files" / f"{ATARI}.py").read_text()
-    told = "    bar.close()\n"
-    assert text.count(told) == 1
-    spy = 'torch.save({"agent": agent.state_dict(), "obs": obs, "seeds": env_seeds}, f"rank{rank}.pt")\n'
-    (tmp_path / f"{ATARI}.py").write_text(text.replace(told, f"    {spy}{told}"))
-    command += [f"{ATARI}.py", *FLAGS[ATARI]]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("trained for 1,024 steps") == 1 and "warning" not in done.stdout
-    logged = scalars(run_folder(tmp_path))
-    assert set(METRICS.split()) == set(logged) and len(logged["losses/value_loss"]) == 8  # iterations, logged once
-    one, other = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in (0, 1))
-    assert one["obs"].shape == (16, 4, 48, 48)  # half of the environments each
-    assert (one["obs"] != other["obs"]).any() and not set(one["seeds"]) & set(other["seeds"])
-    for name, tensor in one["agent"].items():
-        assert torch.equal(tensor, other["agent"][name]), name
+    (folder,) = tmp_path.glob(f"runs/*__{MULTIGPU}__*")
+    resume = [*torchrun[: -len(flags)], "--resume", str(folder), "--total-timesteps", "192"]
+    done = subprocess.run([sys.executable, *resume], cwd=tmp_path, capture_output=True, text=True, env=env)
+    assert done.returncode == 0 and "trained for 192 steps" in done.stdout, done.stderr
+    one, other = (torch.load(tmp_path / f"last_{rank}.pt", weights_only=False) for rank in (0, 1))
+    assert all(torch.equal(tensor, other[0][name]) for name, tensor in one[0].items())
 
 
 @pytest.mark.parametrize(
@@ -226,28 +238,20 @@ def test_torchrun_has_one_writer_and_equal_weights(tmp_path):
 )
 def test_the_value_loss_on_atari_is_that_of_returns_computed_by_hand(tmp_path, flags):
     """No learning, one epoch, one minibatch: half the mean squared advantage, over games that a test knows."""
-    script, steps, count = load_script(ATARI), 4 * 16, 4
-    path = os.pathsep.join([str(ROOT / "tests" / "fake_envpool"), str(ROOT / "tests")])
+    steps, count = 4 * 16, 4
+    games = fake_envpool()
     own = "--learning-rate 0 --update-epochs 1 --num-minibatches 1 --gamma 0.9 --gae-lambda 0.8 --total-timesteps 256"
     own += " --num-envs 4 --num-steps 16 --hidden-size 16 --state-size 4 --eval-episodes 0"
-    run(tmp_path, *own.split(), *flags.split(), script=ATARI, path=path)
-    saved = torch.load(run_folder(tmp_path) / f"{ATARI}.cleanrl_model", weights_only=True)
-    agent = script.Agent(Spaces, script.Args(**saved["args"]))
-    agent.load_state_dict(saved["agent"])
-    spec = importlib.util.spec_from_file_location("fake_envpool", ROOT / "tests" / "fake_envpool" / "envpool.py")
-    games = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(games)
-
+    agent = main(ATARI, tmp_path, *own.split(), *flags.split(), fake=True)["agent"]
     values, next_values, rewards, ends = np.zeros((4, steps, count))
     returns, endings = [], set()
-    for i, seed in enumerate(np.random.default_rng(1).integers(2**31, size=(2, count)).tolist()[0]):
+    for i, seed in enumerate((1, 2, 3, 4)):  # --seed 1
         t, number, game = 0, 0, 0.0
         while t < steps:
             frames, gains, ending = games.episode(seed, number)
-            state, found = agent.memory.initial_state(1), []
+            state, found = agent.initial_state(1), []
             for frame in frames:
-                with torch.no_grad():
-                    _, value, state = agent.step(torch.from_numpy(frame), torch.tensor([not found]), state)
+                _, value, state = agent.step(frame, np.array([not found]), state)
                 found.append(value.item())
             lost = ending != "time limit" or "--truncation-is-terminal" in flags
             after = [*found[1:-1], 0.0 if lost else found[-1]]

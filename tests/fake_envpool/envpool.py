@@ -8,11 +8,11 @@ import numpy as np
 
 FRAME = (1, 48, 48)
 ENDINGS = ("over", "time limit", "over in the step of the time limit", "life lost")  # in turn
-Config = namedtuple("Config", "stack_num episodic_life num_threads", defaults=(4, False, 0))
+Config = namedtuple("Config", "stack_num episodic_life num_threads max_episode_steps", defaults=(4, False, 0, 27_000))
 
 
 def episode(seed, number):
-    """(frames [L + 1, 1, 36, 36], rewards [L], ending) of a game's episode; actions change nothing."""
+    """(frames [L + 1, 1, 48, 48], rewards [L], ending) of a game's episode; actions change nothing."""
     rng = np.random.default_rng([seed, number])
     length = rng.integers(2, 7)
     blocks = rng.integers(2, size=(length + 1, 1, 6, 6), dtype=np.uint8)  # to a network all frames of noise look alike
@@ -52,12 +52,8 @@ class Games:
         pass
 
 
-def list_all_envs():
-    return ["Pong-v5"]
-
-
 def make_spec(env_id, **options):
-    space = gym.spaces.Box(0, 255, FRAME, np.uint8)
+    space = gym.spaces.Box(0, 255, {"Pong-v5": FRAME}[env_id], np.uint8)
     return SimpleNamespace(
         config=Config(**options), gymnasium_observation_space=space, gymnasium_action_space=gym.spaces.Discrete(3)
     )
