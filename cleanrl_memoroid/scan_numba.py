@@ -1,8 +1,8 @@
 """The scan on a CPU: one pass over memory in Numba, with the state carried in double precision.
 
 Why sequential in time: a core advances a row of channels in about the time that the row takes to arrive from memory, so the
-pass runs at the speed of a copy (benchmark/speed/scan.py), and a tree over time could only add traffic. The parallelism is across
-channels, in vector registers.
+pass runs at about the speed of a copy (benchmark/speed/scan.py), and a tree over time could only add traffic. The parallelism
+is across channels, in vector registers.
 
 Why double: a decay rounded to single precision is wrong by 6e-8 per step, and a long tape multiplies it with itself a hundred
 thousand times. Carried in double, the result is right to the last bits of single precision, and long tapes take no longer.

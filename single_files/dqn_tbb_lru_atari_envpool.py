@@ -51,7 +51,7 @@ class Args:
     wandb_project_name: str = "cleanrl-memoroid"  # the project name in Weights and Biases (the team: WANDB_ENTITY)
     eval_episodes: int = 10  # number of greedy games after training and with --evaluate; 0: none (games)
     checkpoint_interval: int = 100_000  # environment steps between checkpoints, each as large as the tape; 0: none (steps)
-    resume: str | None = None  # run directory, `runs/...`: continue that run, under its own flags unless given again
+    resume: str | None = None  # run directory: continue it, under its flags unless given again; it can run code: only yours
     evaluate: str | None = None  # run directory: play greedy games with its trained model, and exit
 
     # Algorithm specific arguments
@@ -83,7 +83,6 @@ class Args:
     r_max: float = 0.999  # see r_min
 
 
-# Copied from single_files/ppo_tbb_lru_atari_envpool.py: EnvPool, make_env
 class EnvPool:
     """Games of envpool behind the interface of Gymnasium's vector environments, which reset in the same step.
 
@@ -140,7 +139,6 @@ def make_env(env_id, num_envs, options):
     return EnvPool(env_id, num_envs, lambda obs: obs[:, -1], {"stack_num": 1, "num_threads": 1} | options)
 
 
-# Copied from single_files/dqn_tbb_lru.py: resettable, associative_scan, LRU
 def resettable(operator, identity):
     """TBB: the operator that starts anew where an episode begins, (h, b) ∘ (h', b') = ((e if b' else h) • h', b or b').
 
@@ -234,7 +232,6 @@ class LRU(nn.Module):
         return self.readout(recurrent_state, lifted), recurrent_state
 
 
-# Copied from single_files/dqn_tbb_lru.py: Tape
 class Tape(NamedTuple):
     """TBB: whole episodes end to end on one time axis; no padding, and the gradient reaches every first observation.
 
@@ -302,7 +299,6 @@ class FrameTape:
         return Tape(*(torch.cat(column).to(device) for column in zip(*drawn)))
 
 
-# Copied from single_files/ppo_tbb_lru_atari_envpool.py: convolution
 def convolution(frame, channels, outputs):
     """The paper's: three convolutions, each with a LayerNorm over the pixels of every channel. [T, 1, h, w] -> [T, outputs]"""
     layers, inputs, size = [], 1, np.array(frame)
@@ -325,7 +321,6 @@ class QNetwork(nn.Module):
         nn.init.uniform_(self.head.weight, -((0.01 / args.hidden_size) ** 0.5), (0.01 / args.hidden_size) ** 0.5)
         nn.init.zeros_(self.head.bias)
 
-    # Copied from single_files/dqn_tbb_lru.py: QNetwork.block, QNetwork.q_values
     @staticmethod
     def block(inputs, outputs):
         norm = nn.LayerNorm(outputs).requires_grad_(False)  # without parameters, as in the paper
@@ -358,7 +353,6 @@ class QNetwork(nn.Module):
         return self.q_values(markov_state), recurrent_state
 
 
-# Copied from single_files/dqn_tbb_lru.py: td_target
 def td_target(q, next_q, tape, gamma):
     """r[t] + gamma (1 - termination[t]) Q_target(s[t+1], argmax_a Q(s[t+1], a)) for every transition of the tape. [B]
 
@@ -384,7 +378,6 @@ def evaluate(q_network, envs, seed):
     return returns
 
 
-# Copied from single_files/dqn_tbb_lru.py: save
 def save(path, content):
     """Leaves a whole file or none under this name, also when the process is killed on the way."""
     torch.save(content, f"{path}.partial")
@@ -398,9 +391,9 @@ if __name__ == "__main__":
         path = f"{run_dir}/{'checkpoint.pt' if args.resume else 'model.pt'}"
         if not os.path.isfile(path):
             raise ValueError(f"--{'resume' if args.resume else 'evaluate'}: expected a file {path}, got none; see `ls runs`")
-        # a checkpoint is a pickle, which may run any code: resume only your own. A model is data, and can be shared
         saved = torch.load(path, map_location="cpu" if args.evaluate else None, weights_only=not args.resume)
-        args = tyro.cli(Args, default=Args(**saved["args"]))  # the run's own flags, unless the command line gives others
+        args = tyro.cli(Args, default=Args(**{**saved["args"], "env_kwargs": {}}))  # the run's own flags, unless given again
+        args.env_kwargs = args.env_kwargs or saved["args"]["env_kwargs"]
     least = dict.fromkeys(("num_envs", "batch_size", "train_frequency", "total_timesteps", "max_episode_steps"), 1)
     least["buffer_size"] = args.num_envs * (args.max_episode_steps + 1)  # games that all last to the limit fit on the tape
     for name, low in {**least, "eval_episodes": 1 if args.evaluate else 0}.items():
@@ -413,12 +406,10 @@ if __name__ == "__main__":
     run_dir = run_dir or f"runs/{run_name}"
     torch.set_num_threads(int(os.getenv("OMP_NUM_THREADS", 1)))  # more are slower, unless networks are large and cores idle
     tune_cpu()
-
     # TRY NOT TO MODIFY: seeding
     rng = np.random.default_rng(args.seed)
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda else "cpu")
-
     # env setup
     options = {"max_episode_steps": args.max_episode_steps, "episodic_life": args.episodic_life} | args.env_kwargs
     # TBB: in the step that ends an episode, next_obs is already the first one of the next episode; infos has the final one
@@ -438,7 +429,6 @@ if __name__ == "__main__":
         wandb.init(project=args.wandb_project_name, sync_tensorboard=True, save_code=True, **run)
     writer = SummaryWriter(run_dir, purge_step=saved["state"]["global_step"] + 1 if saved else None)
     writer.add_text("hyperparameters", "\n".join(["|param|value|\n|-|-|", *(f"|{k}|{v}|" for k, v in vars(args).items())]))
-
     # TRY NOT TO MODIFY: start the game
     global_step, update, episodes = 0, 0, []
     # the variables that a checkpoint holds, pickled together, so that the optimizer keeps its hold on the network's weights
@@ -461,19 +451,16 @@ if __name__ == "__main__":
         if args.checkpoint_interval and global_step % args.checkpoint_interval < args.num_envs:
             writer.flush()  # before the checkpoint: a resumed run logs only what comes after it
             save(f"{run_dir}/checkpoint.pt", {"args": asdict(args), "state": {name: globals()[name] for name in state}})
-
         # ALGO LOGIC: put action logic here
         exploration = args.learning_starts, args.learning_starts + args.exploration_fraction * args.total_timesteps
         epsilon = np.interp(global_step, exploration, (args.start_e, args.end_e), left=1.0)
         q_values, recurrent_state = q_network.step(obs, begins, recurrent_state)
         random_actions = rng.integers(envs.single_action_space.n, size=args.num_envs)
         actions = np.where(rng.random(args.num_envs) < epsilon, random_actions, q_values.argmax(dim=1).cpu().numpy())
-
         # TRY NOT TO MODIFY: execute the game and log data.
         next_obs, rewards, terminations, truncations, infos = envs.step(actions)
         global_step += args.num_envs
         begins = terminations | truncations
-
         # TBB: save data to the tape, each frame as it arrives; a final one has no action and a row of its own
         tape_buffer.add(obs, actions, np.sign(rewards) if args.clip_reward else rewards)
         for i in np.flatnonzero(begins):
@@ -483,7 +470,6 @@ if __name__ == "__main__":
             writer.add_scalar("charts/episodic_return", recent_returns[-1], global_step)
             writer.add_scalar("charts/episodic_length", infos["final_info"]["episode"]["l"][i], global_step)
         obs = next_obs  # TRY NOT TO MODIFY: CRUCIAL step easy to overlook
-
         # ALGO LOGIC: training, at every multiple of train_frequency that this step has reached or passed
         updates_due = global_step // args.train_frequency - (global_step - args.num_envs) // args.train_frequency
         for _ in range(updates_due if global_step > args.learning_starts and tape_buffer.episodes else 0):

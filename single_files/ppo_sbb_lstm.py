@@ -167,7 +167,7 @@ class CarriedTape:
         rows = np.array([len(begins) for begins in all_begins])
         pad = -rows.sum() % 64  # rows of zeros round the length up: oneDNN takes 10 ms to prepare for every new length
         ends = pad + np.cumsum(rows)
-        obs = np.concatenate([np.zeros((pad, *self.obs[0].shape[1:]), np.float32), *all_obs])
+        obs = np.concatenate([np.zeros((pad, *self.obs[0].shape[1:]), self.obs[0].dtype), *all_obs])
         begins, loss_rows = np.concatenate([np.ones(pad, bool), *all_begins]), ends[:, None] + np.arange(-num_steps, 0)
         arrays = obs, begins, ends - rows, loss_rows.flatten()
         return Sections(*(torch.from_numpy(v).to(self.state.device) for v in arrays), self.state[envs])

@@ -80,7 +80,6 @@ class Args:
     r_max: float = 0.999  # see r_min
 
 
-# Copied from single_files/ppo_tbb_lru_atari_envpool.py: EnvPool
 class EnvPool:
     """Games of envpool behind the interface of Gymnasium's vector environments, which reset in the same step.
 
@@ -140,7 +139,6 @@ def make_env(env_id, num_envs, options):
     return EnvPool(env_id, num_envs, minigrid_view, {"action_max": 2, "num_threads": 1} | options)
 
 
-# Copied from single_files/ppo_tbb_lru.py: resettable, associative_scan, Sections, CarriedTape, LRU, StackedLRU
 def resettable(operator, identity):
     """TBB: the operator that starts anew where an episode begins, (h, b) ∘ (h', b') = ((e if b' else h) • h', b or b').
 
@@ -212,7 +210,7 @@ class CarriedTape:
         rows = np.array([len(begins) for begins in all_begins])
         pad = -rows.sum() % 64  # rows of zeros round the length up: oneDNN takes 10 ms to prepare for every new length
         ends = pad + np.cumsum(rows)
-        obs = np.concatenate([np.zeros((pad, *self.obs[0].shape[1:]), np.float32), *all_obs])
+        obs = np.concatenate([np.zeros((pad, *self.obs[0].shape[1:]), self.obs[0].dtype), *all_obs])
         begins, loss_rows = np.concatenate([np.ones(pad, bool), *all_begins]), ends[:, None] + np.arange(-num_steps, 0)
         arrays = obs, begins, ends - rows, loss_rows.flatten()
         return Sections(*(torch.from_numpy(v).to(self.state.device) for v in arrays), self.state[envs])
@@ -387,7 +385,6 @@ class Agent(nn.Module):
         return *self.heads(markov_state), recurrent_state
 
 
-# Copied from single_files/ppo_tbb_lru.py: gae
 def gae(rewards, values, next_values, ended, gamma, gae_lambda):
     """A[t] = delta[t] + gamma lambda A[t+1], where delta = r + gamma V(s') - V(s): Schulman et al. (2016), eq. 16. [S, N]
 
@@ -417,7 +414,6 @@ def evaluate(agent, envs, seed):
     return returns
 
 
-# Copied from single_files/ppo_tbb_lru.py: save
 def save(path, content):
     """Leaves a whole file or none under this name, also when the process is killed on the way."""
     torch.save(content, f"{path}.partial")
@@ -449,12 +445,10 @@ if __name__ == "__main__":
     run_dir = run_dir or f"runs/{run_name}"
     torch.set_num_threads(int(os.getenv("OMP_NUM_THREADS", 1)))  # more are slower, unless networks are large and cores idle
     tune_cpu()
-
     # TRY NOT TO MODIFY: seeding
     rng = np.random.default_rng(args.seed)  # of all draws after the initial weights
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda else "cpu")
-
     # env setup
     # TBB: in the step that ends an episode, next_obs is already the first one of the next episode; infos has the final one
     envs, eval_envs = (make_env(args.env_id, number, args.env_kwargs) for number in (args.num_envs, args.eval_episodes))
@@ -471,7 +465,6 @@ if __name__ == "__main__":
         wandb.init(project=args.wandb_project_name, sync_tensorboard=True, save_code=True, **run)
     writer = SummaryWriter(run_dir, purge_step=saved["state"]["global_step"] + 1 if saved else None)
     writer.add_text("hyperparameters", "\n".join(["|param|value|\n|-|-|", *(f"|{k}|{v}|" for k, v in vars(args).items())]))
-
     # TRY NOT TO MODIFY: start the game
     global_step, return_rms = 0, gym.wrappers.utils.RunningMeanStd()  # of discounted returns, for --norm-reward
     # the variables that a checkpoint holds, pickled together, so that the optimizer keeps its hold on the agent's weights
@@ -506,7 +499,6 @@ if __name__ == "__main__":
             noise = torch.from_numpy(rng.gumbel(size=policy.shape).astype(np.float32)).to(device)
             actions[step] = (policy + noise).argmax(-1)  # a draw from the policy, by the Gumbel-max trick
             logprobs[step] = policy.gather(-1, actions[step, :, None]).squeeze(-1)
-
             # TRY NOT TO MODIFY: execute the game and log data.
             next_obs, reward, terminations, truncations, infos = envs.step(actions[step].cpu().numpy())
             next_begins = terminations | truncations
@@ -524,11 +516,9 @@ if __name__ == "__main__":
                 recent_returns.append(infos["final_info"]["episode"]["r"][i])
                 writer.add_scalar("charts/episodic_return", recent_returns[-1], global_step)
                 writer.add_scalar("charts/episodic_length", infos["final_info"]["episode"]["l"][i], global_step)
-
         # TBB: the rollout joins the rows that its running episodes have on the tape already
         carried_tape.add(obs, begins)
         tape_rows = sum(map(len, carried_tape.begins))
-
         # bootstrap value if not done
         _, next_value, _ = agent.step(next_obs, next_begins, recurrent_state)
         next_values = torch.where(ended, bootstraps, torch.cat([values[1:], next_value[None]]))
@@ -580,7 +570,6 @@ if __name__ == "__main__":
             print(f"warning: rollout and tape differ by {logprob_error:.1e} in log-probability: is `step` what `forward` is?")
         # TBB: keep the running episodes, and bring their recurrent states up to the new weights
         recurrent_state = carried_tape.carry(next_begins, recurrent_state, args.max_prefix, agent)
-
         # TRY NOT TO MODIFY: record rewards for plotting purposes
         writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], global_step)
         writer.add_scalar("charts/prefix_share", 1 - batch_size / tape_rows, global_step)

@@ -9,7 +9,12 @@ from conftest import ROOT
 from variants import Script, difference, header, variants
 
 SCRIPTS = ROOT / "single_files"
-ORIGINALS = {"dqn_tbb_ffm", "dqn_tbb_lru_atari_envpool", "ppo_tbb_ffm", "ppo_tbb_lru_atari_envpool"}  # all others are variants
+# all others are variants
+ORIGINALS = {
+    "dqn_tbb_ffm",
+    "ppo_tbb_ffm",
+    *(f"{name}_envpool" for name in ("dqn_tbb_lru_atari", "ppo_tbb_lru_atari", "ppo_tbb_lru_minigrid")),
+}
 VARIANTS = variants(SCRIPTS)
 
 
