@@ -51,7 +51,7 @@ class Args:
     wandb_project_name: str = "cleanrl-memoroid"  # the project name in Weights and Biases (the team: WANDB_ENTITY)
     eval_episodes: int = 10  # number of greedy games after training and with --evaluate; 0: none (games)
     checkpoint_interval: int = 100_000  # environment steps between checkpoints, each as large as the tape; 0: none (steps)
-    resume: str | None = None  # run directory, `runs/...`: continue that run, under its own flags unless given again
+    resume: str | None = None  # run directory: continue it, under its flags unless given again; it can run code: only yours
     evaluate: str | None = None  # run directory: play greedy games with its trained model, and exit
 
     # Algorithm specific arguments
@@ -83,7 +83,6 @@ class Args:
     r_max: float = 0.999  # see r_min
 
 
-# Copied from single_files/ppo_tbb_lru_atari_envpool.py: EnvPool, make_env
 class EnvPool:
     """Games of envpool behind the interface of Gymnasium's vector environments, which reset in the same step.
 
@@ -140,7 +139,6 @@ def make_env(env_id, num_envs, options):
     return EnvPool(env_id, num_envs, lambda obs: obs[:, -1], {"stack_num": 1, "num_threads": 1} | options)
 
 
-# Copied from single_files/dqn_tbb_lru.py: resettable, associative_scan, LRU
 def resettable(operator, identity):
     """TBB: the operator that starts anew where an episode begins, (h, b) ∘ (h', b') = ((e if b' else h) • h', b or b').
 
@@ -148,9 +146,9 @@ def resettable(operator, identity):
     """
 
     def wrapped(left, right):
-        (*left, left_begins), (*right, right_begins) = left, right
-        reset = (torch.where(right_begins.view(-1, *[1] * (h.dim() - 1)), e, h) for e, h in zip(identity, left))
-        return *operator(tuple(reset), tuple(right)), left_begins | right_begins
+        (*left, earlier_begins), (*right, begins) = left, right
+        reset = (torch.where(begins[(...,) + (None,) * (h.dim() - begins.dim())], e, h) for e, h in zip(identity, left))
+        return *operator(tuple(reset), tuple(right)), earlier_begins | begins
 
     return wrapped
 
@@ -234,7 +232,6 @@ class LRU(nn.Module):
         return self.readout(recurrent_state, lifted), recurrent_state
 
 
-# Copied from single_files/dqn_tbb_lru.py: Tape
 class Tape(NamedTuple):
     """TBB: whole episodes end to end on one time axis; no padding, and the gradient reaches every first observation.
 
@@ -302,7 +299,6 @@ class FrameTape:
         return Tape(*(torch.cat(column).to(device) for column in zip(*drawn)))
 
 
-# Copied from single_files/ppo_tbb_lru_atari_envpool.py: convolution
 def convolution(frame, channels, outputs):
     """The paper's: three convolutions, each with a LayerNorm over the pixels of every channel. [T, 1, h, w] -> [T, outputs]"""
     layers, inputs, size = [], 1, np.array(frame)
@@ -325,7 +321,6 @@ class QNetwork(nn.Module):
         nn.init.uniform_(self.head.weight, -((0.01 / args.hidden_size) ** 0.5), (0.01 / args.hidden_size) ** 0.5)
         nn.init.zeros_(self.head.bias)
 
-    # Copied from single_files/dqn_tbb_lru.py: QNetwork.block, QNetwork.q_values
     @staticmethod
     def block(inputs, outputs):
         norm = nn.LayerNorm(outputs).requires_grad_(False)  # without parameters, as in the paper
@@ -358,7 +353,6 @@ class QNetwork(nn.Module):
         return self.q_values(markov_state), recurrent_state
 
 
-# Copied from single_files/dqn_tbb_lru.py: td_target
 def td_target(q, next_q, tape, gamma):
     """r[t] + gamma (1 - termination[t]) Q_target(s[t+1], argmax_a Q(s[t+1], a)) for every transition of the tape. [B]
 
@@ -384,7 +378,6 @@ def evaluate(q_network, envs, seed):
     return returns
 
 
-# Copied from single_files/dqn_tbb_lru.py: save
 def save(path, content):
     """Leaves a whole file or none under this name, also when the process is killed on the way."""
     torch.save(content, f"{path}.partial")
@@ -398,9 +391,9 @@ if __name__ == "__main__":
         path = f"{run_dir}/{'checkpoint.pt' if args.resume else 'model.pt'}"
         if not os.path.isfile(path):
             raise ValueError(f"--{'resume' if args.resume else 'evaluate'}: expected a file {path}, got none; see `ls runs`")
-        # a checkpoint is a pickle, which may run any code: resume only your own. A model is data, and can be shared
         saved = torch.load(path, map_location="cpu" if args.evaluate else None, weights_only=not args.resume)
-        args = tyro.cli(Args, default=Args(**saved["args"]))  # the run's own flags, unless the command line gives others
+        args = tyro.cli(Args, default=Args(**{**saved["args"], "env_kwargs": {}}))  # the run's own flags, unless given again
+        args.env_kwargs = args.env_kwargs or saved["args"]["env_kwargs"]
     least = dict.fromkeys(("num_envs", "batch_size", "train_frequency", "total_timesteps", "max_episode_steps"), 1)
     least["buffer_size"] = args.num_envs * (args.max_episode_steps + 1)  # games that all last to the limit fit on the tape
     for name, low in {**least, "eval_episodes": 1 if args.evaluate else 0}.items():

@@ -1,5 +1,5 @@
 # docs: docs/ppo_envpool.md
-# Variant of single_files/ppo_tbb_lru_atari_envpool.py. Changed: Args.cuda, joined, average_gradients, __main__
+# Variant of single_files/ppo_tbb_lru_atari_envpool.py. Changed: imports, Args.cuda, joined, average_gradients, __main__
 # Memory and tape: Morad et al. (2024), "Recurrent Reinforcement Learning with Memoroids", https://arxiv.org/abs/2402.09900
 # LRU: Orvieto et al. (2023), "Resurrecting Recurrent Neural Networks for Long Sequences", https://arxiv.org/abs/2303.06349
 # envpool: Weng et al. (2022), "EnvPool: A Highly Parallel RL Environment Execution Engine", https://arxiv.org/abs/2206.10558
@@ -137,7 +137,6 @@ def make_env(env_id, num_envs, options):
     return EnvPool(env_id, num_envs, lambda obs: obs[:, -1], {"stack_num": 1, "num_threads": 1} | options)
 
 
-# Copied from single_files/ppo_tbb_lru.py: resettable, associative_scan, Sections
 def resettable(operator, identity):
     """TBB: the operator that starts anew where an episode begins, (h, b) ∘ (h', b') = ((e if b' else h) • h', b or b').
 
@@ -145,9 +144,9 @@ def resettable(operator, identity):
     """
 
     def wrapped(left, right):
-        (*left, left_begins), (*right, right_begins) = left, right
-        reset = (torch.where(right_begins.view(-1, *[1] * (h.dim() - 1)), e, h) for e, h in zip(identity, left))
-        return *operator(tuple(reset), tuple(right)), left_begins | right_begins
+        (*left, earlier_begins), (*right, begins) = left, right
+        reset = (torch.where(begins[(...,) + (None,) * (h.dim() - begins.dim())], e, h) for e, h in zip(identity, left))
+        return *operator(tuple(reset), tuple(right)), earlier_begins | begins
 
     return wrapped
 
@@ -193,7 +192,6 @@ class Sections(NamedTuple):
 class CarriedTape:
     """TBB: the rows of every environment's running episode; they grow from rollout to rollout until the episode ends."""
 
-    # Copied from single_files/ppo_tbb_lru.py: CarriedTape.__init__, CarriedTape.add
     def __init__(self, obs, recurrent_state):
         self.obs = [obs[:0, i] for i in range(obs.shape[1])]  # [rows, O] each
         self.begins = [np.zeros(0, bool)] * obs.shape[1]  # [rows] each
@@ -210,12 +208,11 @@ class CarriedTape:
         rows = np.array([len(begins) for begins in all_begins])
         pad = -rows.sum() % 64  # rows of zeros round the length up: oneDNN takes 10 ms to prepare for every new length
         ends = pad + np.cumsum(rows)
-        obs = np.concatenate([np.zeros((pad, *self.obs[0].shape[1:]), np.uint8), *all_obs])
+        obs = np.concatenate([np.zeros((pad, *self.obs[0].shape[1:]), np.float32), *all_obs])
         begins, loss_rows = np.concatenate([np.ones(pad, bool), *all_begins]), ends[:, None] + np.arange(-num_steps, 0)
         arrays = obs, begins, ends - rows, loss_rows.flatten()
         return Sections(*(torch.from_numpy(v).to(self.state.device) for v in arrays), self.state[envs])
 
-    # Copied from single_files/ppo_tbb_lru.py: CarriedTape.carry
     @torch.no_grad()
     def carry(self, next_begins, recurrent_state, max_prefix, agent):
         """Forgets all but the last `max_prefix` rows of the running episodes, and says where their memory stands.
@@ -239,7 +236,6 @@ class CarriedTape:
         return recurrent_state
 
 
-# Copied from single_files/ppo_tbb_lru.py: LRU
 class LRU(nn.Module):
     """TBB: one layer, a Linear Recurrent Unit as a memoroid: P complex numbers that each fade and turn at a rate of their own.
 
@@ -371,7 +367,6 @@ def average_gradients(parameters):
     nn.utils.vector_to_parameters(flat / dist.get_world_size(), grads)
 
 
-# Copied from single_files/ppo_tbb_lru.py: gae
 def gae(rewards, values, next_values, ended, gamma, gae_lambda):
     """A[t] = delta[t] + gamma lambda A[t+1], where delta = r + gamma V(s') - V(s): Schulman et al. (2016), eq. 16. [S, N]
 
@@ -401,7 +396,6 @@ def evaluate(agent, envs, seed):
     return returns
 
 
-# Copied from single_files/ppo_tbb_lru.py: save
 def save(path, content):
     """Leaves a whole file or none under this name, also when the process is killed on the way."""
     torch.save(content, f"{path}.partial")

@@ -80,7 +80,6 @@ class Args:
     r_max: float = 0.999  # see r_min
 
 
-# Copied from single_files/ppo_tbb_lru_atari_envpool.py: EnvPool
 class EnvPool:
     """Games of envpool behind the interface of Gymnasium's vector environments, which reset in the same step.
 
@@ -140,7 +139,6 @@ def make_env(env_id, num_envs, options):
     return EnvPool(env_id, num_envs, minigrid_view, {"action_max": 2, "num_threads": 1} | options)
 
 
-# Copied from single_files/ppo_tbb_lru.py: resettable, associative_scan, Sections, CarriedTape, LRU, StackedLRU
 def resettable(operator, identity):
     """TBB: the operator that starts anew where an episode begins, (h, b) ∘ (h', b') = ((e if b' else h) • h', b or b').
 
@@ -148,9 +146,9 @@ def resettable(operator, identity):
     """
 
     def wrapped(left, right):
-        (*left, left_begins), (*right, right_begins) = left, right
-        reset = (torch.where(right_begins.view(-1, *[1] * (h.dim() - 1)), e, h) for e, h in zip(identity, left))
-        return *operator(tuple(reset), tuple(right)), left_begins | right_begins
+        (*left, earlier_begins), (*right, begins) = left, right
+        reset = (torch.where(begins[(...,) + (None,) * (h.dim() - begins.dim())], e, h) for e, h in zip(identity, left))
+        return *operator(tuple(reset), tuple(right)), earlier_begins | begins
 
     return wrapped
 
@@ -387,7 +385,6 @@ class Agent(nn.Module):
         return *self.heads(markov_state), recurrent_state
 
 
-# Copied from single_files/ppo_tbb_lru.py: gae
 def gae(rewards, values, next_values, ended, gamma, gae_lambda):
     """A[t] = delta[t] + gamma lambda A[t+1], where delta = r + gamma V(s') - V(s): Schulman et al. (2016), eq. 16. [S, N]
 
@@ -417,7 +414,6 @@ def evaluate(agent, envs, seed):
     return returns
 
 
-# Copied from single_files/ppo_tbb_lru.py: save
 def save(path, content):
     """Leaves a whole file or none under this name, also when the process is killed on the way."""
     torch.save(content, f"{path}.partial")

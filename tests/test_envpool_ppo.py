@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, load_script
-from scripts import alone, run, run_folder, scalars
+from scripts import last_return, run, run_folder, saved_state, scalars
 
 envpool = pytest.importorskip("envpool")
 from test_envpool import fake_envpool, main  # noqa: E402  which needs envpool, too
@@ -124,9 +124,7 @@ def test_a_run_resumes_weights_optimiser_step_and_random_numbers(tmp_path, scrip
     """At its last rollout, from the checkpoint before it."""
     names = "agent optimizer rng global_step".split() + ["return_rms"] * (script == MINIGRID)
     space = main(script, tmp_path, *FLAGS[script], "--checkpoint-interval", "128", fake=script == ATARI)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "__main__", load_script(script))
-        saved = torch.load(run_folder(tmp_path) / "checkpoint.pt", weights_only=False)["state"]
+    saved = saved_state(tmp_path, script)
     assert list(saved) == names and saved["global_step"] == space["global_step"] - 128
     seeds, module = [], load_script(script)
     reset = module.EnvPool.reset
@@ -150,9 +148,9 @@ def test_equal_seeds_give_equal_runs_and_others_do_not(tmp_path, script):
 
 @pytest.mark.parametrize("script", FLAGS)
 def test_the_file_alone_runs(tmp_path, script):
-    where = alone(tmp_path, script)
-    where["path"] = os.pathsep.join([where["path"], FAKE])
-    out = run(tmp_path, *FLAGS[script], "--total-timesteps", "256", **where)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "envpool", fake_envpool() if script == ATARI else envpool)
+        out = run(tmp_path, *FLAGS[script], "--total-timesteps", "256", script=script, alone=True)
     assert "this file's own scan" in out and "warning" not in out and "evaluation: " in out
 
 
@@ -284,5 +282,5 @@ def test_the_value_loss_on_atari_is_that_of_returns_computed_by_hand(tmp_path, f
 @pytest.mark.slow
 def test_minigrid_is_learned(tmp_path):
     # seed 1 finds the cue's use late, and on a core without AVX-512, whose sums differ in their last bits, too late
-    out = run(tmp_path, "--seed", "2", script=MINIGRID).splitlines()[-1]
-    assert float(out.split("episodic_return=")[1].split()[0]) >= 0.95 * 0.978, out  # of the best possible
+    out = run(tmp_path, "--seed", "2", script=MINIGRID)
+    assert last_return(out) >= 0.95 * 0.978, out  # of the best possible
