@@ -73,10 +73,14 @@ def test_no_row_mixes_two_episodes(script, env_id, limit, steps):
 
 
 def test_view_of_minigrid():
-    """Three symbols of 49 cells, then the direction; as ones and zeros, one 1 for each."""
+    """After a turn of some: three symbols of 49 cells, then the direction; as ones and zeros, one 1 for each."""
     script = load_script(MINIGRID)
-    obs, _ = script.make_env("MiniGrid-MemoryS9-v0", 4, {}).reset(seed=0)
-    raw, _ = envpool.make_gymnasium("MiniGrid-MemoryS9-v0", num_envs=4, seed=[0, 1, 2, 3]).reset()
+    envs = script.make_env("MiniGrid-MemoryS9-v0", 4, {})
+    theirs = envpool.make_gymnasium("MiniGrid-MemoryS9-v0", num_envs=4, seed=[0, 1, 2, 3], action_max=2)
+    envs.reset(seed=0)
+    theirs.reset()
+    (obs, *_), (raw, *_) = (games.step(np.array([0, 1, 2, 0])) for games in (envs, theirs))
+    assert envs.single_action_space.n == 3 and len(set(raw["direction"].tolist())) == 3
     assert obs.shape == (4, 148) and obs.dtype == np.uint8
     np.testing.assert_array_equal(obs[:, :147].reshape(4, 7, 7, 3), raw["image"])
     np.testing.assert_array_equal(obs[:, 147], raw["direction"])
