@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, load_script
-from scripts import run_folder, scalars
+from scripts import run_folder, saved_state, scalars
 
 envpool = pytest.importorskip("envpool", reason="pip install 'cleanrl-memoroid[envpool]'")
 
@@ -318,9 +318,7 @@ def test_a_run_logs_saves_and_evaluates(finished, tmp_path, capsys):
 def test_a_resumed_run_goes_on_with_tape_and_weights_and_new_games(finished, tmp_path, capsys):
     """From the last checkpoint of a finished run, at 800 steps, with a larger tape."""
     shutil.copytree(finished / "runs", tmp_path / "runs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "__main__", load_script(SCRIPT))
-        saved = torch.load(run_folder(tmp_path) / "checkpoint.pt", weights_only=False)["state"]
+    saved = saved_state(tmp_path, SCRIPT)
     assert saved["global_step"] == 801 and saved["update"] == 801 // 30 - 300 // 30 and len(saved["episodes"]) > 50
     seeds, make = [], fake_envpool().make_gymnasium
     with pytest.MonkeyPatch.context() as patch:
