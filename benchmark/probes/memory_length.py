@@ -37,7 +37,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "speed"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "speed"))
 from timing import ROOT, load_script, print_table, set_up, write_csv
 
 

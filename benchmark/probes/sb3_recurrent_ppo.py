@@ -19,7 +19,7 @@ import torch
 import tyro
 from torch.utils.tensorboard import SummaryWriter
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "speed"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "speed"))
 from timing import ROOT, load_script
 
 

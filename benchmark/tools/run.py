@@ -35,7 +35,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "speed"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "speed"))
 from timing import ROOT, device_name
 
 PACKAGES = ("torch", "numpy", "numba", "gymnasium", "popgym", "stable-baselines3", "sb3-contrib")
