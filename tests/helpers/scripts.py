@@ -121,7 +121,10 @@ def assert_equal_runs(one, other, script):
 
 
 def kill_and_resume(whole, folder, flags, kills, script, stop=signal.SIGKILL):
-    """Kills a run at random moments, each some checkpoints after its start, and compares it with one that nobody killed."""
+    """Kills a run at random moments, each some checkpoints after its start, and compares it with one that nobody killed.
+
+    Returns: how often it was killed; it may end before the last time.
+    """
     process, resumed = start(folder, *flags, script=script), 0
     for low, high in kills:
         seen, wanted = set(), random.randint(low, high)  # a resumed run's first checkpoint is the one that it resumed from
@@ -138,6 +141,7 @@ def kill_and_resume(whole, folder, flags, kills, script, stop=signal.SIGKILL):
     assert resumed > 0
     assert out.splitlines()[-1].startswith("evaluation")
     assert_equal_runs(whole, folder, script)  # nothing logged twice, nothing missing
+    return resumed
 
 
 def popgym_ids():
