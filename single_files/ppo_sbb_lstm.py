@@ -227,7 +227,7 @@ class LSTM(nn.Module):
             padded = obs.new_zeros(int(lengths[group].max()), len(group), obs.shape[1]).index_put(at_here, obs[here])
             out, _ = self.lstm(padded, tuple(before[group].transpose(0, 1)[:, None].contiguous()))
             hidden = hidden.index_put((here,), out[at_here])
-        return hidden.index_select(0, tape.loss_rows), None
+        return hidden.index_select(0, tape.loss_rows) if len(tape.loss_rows) < len(hidden) else hidden, None
 
     def step(self, obs, begins, recurrent_state):
         """One step of N environments, each from its own state. [N, H], [N], [N, 2, O] -> [N, O], [N, 2, O]"""

@@ -260,7 +260,8 @@ class LinearAttention(nn.Module):
             last, before, after = F.pad(tape.starts[1:], (0, 1), value=len(obs)) - 1, tape.state * ~fresh[:, None, None], []
             for begin, end, start, state in zip(first[last].tolist(), (last + 1).tolist(), tape.starts.tolist(), before):
                 after.append(key[begin:end].T @ value[begin:end] + (state if begin == start else 0))
-        read, skip = read.index_select(0, tape.loss_rows), skip.index_select(0, tape.loss_rows)
+        if len(tape.loss_rows) < len(read):
+            read, skip = read.index_select(0, tape.loss_rows), skip.index_select(0, tape.loss_rows)
         return self.readout(read, skip), torch.stack(after)
 
     def step(self, obs, begins, recurrent_state):

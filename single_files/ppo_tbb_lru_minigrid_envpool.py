@@ -300,7 +300,8 @@ class LRU(nn.Module):
             x = x.expand(-1, *state.shape[1:]).index_add(0, tape.starts, state)
         x = self.scan(x, tape.begins.index_fill(0, tape.starts, True))
         after = x[F.pad(tape.starts[1:], (0, 1), value=len(x)) - 1]
-        x, *lifted = (v.index_select(0, tape.loss_rows) for v in (x, *lifted))
+        if len(tape.loss_rows) < len(x):
+            x, *lifted = (v.index_select(0, tape.loss_rows) for v in (x, *lifted))
         return self.readout(x, lifted), after
 
     def step(self, obs, begins, recurrent_state):
