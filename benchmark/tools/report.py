@@ -149,9 +149,10 @@ def race_table(rows):
 
 def run_table(rows, name):
     """A row per environment, arm and budget: every seed's return, and when its mean training return was first 0.5."""
-    table, clock = [], "cpu_seconds" if all(row.get("cpu_seconds") for row in rows if row["state"] == "done") else "seconds"
+    table = []
     for cell in grouped(rows, lambda r: (task_name(r), r["arm"], steps_text([r]))).values():
         done = [row for row in cell if row["state"] == "done"]
+        clock = "cpu_seconds" if all(row.get("cpu_seconds") for row in done) else "seconds"
         seconds = [float(row[clock]) for row in done]
         table.append(
             {
@@ -163,7 +164,7 @@ def run_table(rows, name):
                 "trains at 0.5 from (thousand steps)": ", ".join(
                     f"{int(row['steps_to_half']) / 1000:.3g}" if row["steps_to_half"] else "never" for row in done
                 ),
-                f"{clock.replace('_', ' ').replace('cpu', 'CPU')} per run": f"{min(seconds):.0f} to {max(seconds):.0f}"
+                "seconds per run": f"{min(seconds):.0f} to {max(seconds):.0f}{' of CPU' if clock == 'cpu_seconds' else ''}"
                 if done
                 else "",
             }
