@@ -128,7 +128,7 @@ SLOW = pytest.mark.slow  # as what takes most of the time is the emulator
 
 @pytest.mark.parametrize(
     "limit, steps",
-    [(7, 400), (50, 1_200), *(pytest.param(limit, 100_000, marks=SLOW) for limit in (7, 50, 2_000))],
+    [(7, 400), *(pytest.param(limit, 100_000, marks=SLOW) for limit in (7, 50, 2_000))],
 )
 def test_no_row_on_the_tape_mixes_two_episodes(atari, tmp_path, limit, steps):
     """Bar: over 10^5 random steps in 8 environments, with time limits and without."""
@@ -244,7 +244,7 @@ class Emulator:
 @pytest.mark.parametrize(
     "game, limit, steps, flags",
     [
-        ("Breakout", 60, 300, ""),
+        ("Breakout", 40, 180, ""),
         pytest.param("Breakout", 27_000, 1_500, "", marks=SLOW),
         pytest.param("Breakout", 27_000, 1_500, "--episodic-life", marks=SLOW),
         pytest.param("Pong", 27_000, 6_000, "", marks=SLOW),

@@ -144,7 +144,18 @@ def test_equal_seeds_give_equal_runs_and_others_do_not(tmp_path, script):
     found = []
     for name, seed in (("one", 1), ("same", 1), ("other", 2)):
         (tmp_path / name).mkdir()
-        main(script, tmp_path / name, *FLAGS[script], "--seed", seed, "--eval-episodes", "0", fake=script == ATARI)
+        main(
+            script,
+            tmp_path / name,
+            *FLAGS[script],
+            "--seed",
+            seed,
+            "--total-timesteps",
+            "384",
+            "--eval-episodes",
+            "0",
+            fake=script == ATARI,
+        )
         found.append(scalars(run_folder(tmp_path / name)))
     assert found[0] == found[1] != found[2]
 
