@@ -476,8 +476,8 @@ if __name__ == "__main__":
                     print(f"{args.env_id} cannot be saved ({error}): --resume will begin new episodes, the run will differ")
             save(f"{run_dir}/checkpoint.pt", content)
 
-        if args.anneal_lr:  # Annealing the rate if instructed to do so.
-            optimizer.param_groups[0]["lr"] = (1 - (iteration - 1) / num_iterations) * args.learning_rate
+        anneal = 1 - (iteration - 1) / num_iterations if args.anneal_lr else 1
+        optimizer.param_groups[0]["lr"] = anneal * args.learning_rate
         actions = []  # [S] of [N, D]
         for step in range(args.num_steps):
             global_step += args.num_envs

@@ -142,10 +142,12 @@ def test_a_resumed_run_takes_the_flags_that_it_is_given(finished, tmp_path, scri
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     folder, name = run_folder(tmp_path), "q_network" if "dqn" in script else "agent"
-    out = run(elsewhere, "--resume", folder, "--learning-rate", "1e-5", "--total-timesteps", "2400", script=script)
+    flags = "--learning-rate 1e-5 --no-anneal-lr --total-timesteps 2400".split()
+    out = run(elsewhere, "--resume", folder, *flags, script=script)
     assert "trained for 2,40" in out or "trained for 2,304" in out
     args = torch.load(folder / "model.pt", weights_only=True)["args"]
     assert args["learning_rate"] == 1e-5 and args["total_timesteps"] == 2400 and args["hidden_size"] == 16
+    assert saved_state(tmp_path, script)["optimizer"].param_groups[0]["lr"] == 1e-5
     assert not list(elsewhere.iterdir())
     assert [k for k, v in model(finished(script)[0]).items() if not torch.equal(v, model(tmp_path)[k])], name
 
