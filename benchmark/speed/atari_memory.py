@@ -4,7 +4,7 @@
 
 The tape of single_files/dqn_tbb_lru_atari_envpool.py is filled from envpool, random actions in 8 games, until every row was
 written and old ones are overwritten. resident is what the process grew by while it was filled, games and all.
-Then one update on a tape of --rows rows is made in a process of its own, to compare its peak with what the script announces.
+Then one update on a tape of --rows rows is made in a process of its own: what it adds at its peak.
 Bar: the tape takes at most 5% more than its frames, 7,056 bytes each.
 """
 
@@ -26,13 +26,14 @@ def resident():
 
 def fill(script, rows, env_id):
     """A full tape, and how many bytes the process grew by."""
-    envs = script.EnvPool(env_id, 8, np.asarray, stack_num=1)
-    rng, obs = np.random.default_rng(0), envs.reset()[0]
+    envs = script.make_env(env_id, 8, {"max_episode_steps": rows // 20})
+    rng, obs = np.random.default_rng(0), envs.reset(0)[0]
     for _ in range(50):  # what the games themselves come to need
         obs = envs.step(rng.integers(envs.single_action_space.n, size=8))[0]
     before = resident()
-    tape = script.FrameTape(rows, (1, 84, 84), 8)
-    while tape.next_row < 1.1 * rows:
+    tape, written = script.FrameTape(rows, 8, []), 0
+    while written < 1.1 * rows:
+        written += 8
         actions = rng.integers(envs.single_action_space.n, size=8)
         next_obs, rewards, terminations, truncations, infos = envs.step(actions)
         tape.add(obs, actions, rewards)
@@ -42,26 +43,26 @@ def fill(script, rows, env_id):
     return tape, resident() - before
 
 
-def update_peak(pipe, rows, kept_rows):
-    """Sends how many bytes an update on `rows` rows adds at its peak, and how many the script announces for it."""
+def update_peak(pipe, rows):
+    """Sends how many bytes an update on `rows` rows adds at its peak."""
     import torch
 
     from cleanrl_memoroid.scan import tune_cpu
 
     script = load_script(SCRIPT)
     tune_cpu()  # freed memory stays with the process, so that the peak counts what is used again once
-    args = script.Args(batch_size=1, max_episode_steps=rows - 33, kept_rows=kept_rows)
-    spaces = type("Env", (), {"single_action_space": script.gym.spaces.Discrete(6)})
-    q_network = script.QNetwork(spaces, args)
-    frames, begins = torch.zeros(256, 1, 84, 84, dtype=torch.uint8), torch.zeros(rows, dtype=torch.bool)
+    box = script.gym.spaces.Box(0, 255, (84, 84), np.uint8)
+    spaces = type("Env", (), {"single_action_space": script.gym.spaces.Discrete(6), "single_observation_space": box})
+    q_network = script.QNetwork(spaces, script.Args())
+    frames, begins = torch.zeros(256, 84, 84, dtype=torch.uint8), torch.zeros(rows, dtype=torch.bool)
     q_network(frames, begins[:256]).sum().backward()  # what PyTorch needs once
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    frames = torch.zeros(rows, 1, 84, 84, dtype=torch.uint8) + 1
+    frames = torch.zeros(rows, 84, 84, dtype=torch.uint8) + 1
     q_network(frames, begins).sum().backward()
     with torch.no_grad():
         q_network(frames, begins)
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    pipe.send((after - before, script.memory_needs(args, q_network)["an update"]))
+    pipe.send(after - before)
 
 
 if __name__ == "__main__":
@@ -75,20 +76,18 @@ if __name__ == "__main__":
     context, rows, bare = multiprocessing.get_context("spawn"), [], args.frames * 84 * 84
     for length in args.rows:
         ours, theirs = context.Pipe()
-        process = context.Process(target=update_peak, args=(theirs, length, 4_000))
+        process = context.Process(target=update_peak, args=(theirs, length))
         process.start()
-        peak, announced = ours.recv()
+        peak = ours.recv()
         process.join()
-        row = {"what": f"an update on {length:,} rows", "MB": peak / 1e6, "announced_MB": announced / 1e6}
-        rows.append(row | {"ratio": peak / announced})
+        rows.append({"what": f"an update on {length:,} rows", "MB": peak / 1e6, "ratio": peak / (length * 84 * 84)})
     script = load_script(SCRIPT)
     tape, grown = fill(script, args.frames, args.env_id)
-    arrays = sum(v.nbytes for v in vars(tape).values() if isinstance(v, np.ndarray))
-    listed = sum(rows.nbytes for rows in tape.complete())
-    announced = script.memory_needs(script.Args(buffer_size=args.frames), script.torch.nn.Linear(1, 1))["tape"]
-    for what, size in (("frames", bare), ("arrays and row numbers", arrays + listed), ("resident", grown)):
-        rows.insert(0, {"what": f"tape: {what}", "MB": size / 1e6, "announced_MB": announced / 1e6, "ratio": size / bare})
-    print_table(rows, f"{args.env_id}, {args.frames:,} rows; ratio: tape over its frames, update over what is announced")
-    sizes = (arrays + listed) / bare, grown / bare
+    whole = sum(column.nbytes for episode in tape.episodes for column in episode)
+    running = sum(frame.nbytes for episode in tape.running for frame, *_ in episode)
+    for what, size in (("frames", bare), ("arrays", whole + running), ("resident", grown)):
+        rows.insert(0, {"what": f"tape: {what}", "MB": size / 1e6, "ratio": size / bare})
+    print_table(rows, f"{args.env_id}, {args.frames:,} rows; ratio: over the frames alone")
+    sizes = (whole + running) / bare, grown / bare
     print_bars([("bytes of the tape over those of its frames: arrays; resident", "<=", 1.05, sizes)])
     write_csv("atari_memory", f"{where}; {args.env_id}, {args.frames} rows", rows, args)

@@ -85,13 +85,18 @@ def memories(torch):
     }
 
 
+def initial_state(network):
+    """Of the script's own memory, or of one that was put in its place."""
+    return getattr(network.memory, "initial_state", getattr(network, "initial_state", None))(ENVS)
+
+
 def dqn_calls(script, torch, args):
     """{"act NAME" and "train NAME": call}, {NAME: number of parameters}."""
     own = script.Args(hidden_size=args.hidden_size, env_id=args.env_id)
-    envs = script.EnvPool(own.env_id, ENVS, np.asarray, stack_num=1)
+    envs = script.make_env(own.env_id, ENVS, {})
     row = torch.arange(args.rows)
     tape = script.Tape(
-        obs=torch.randint(0, 256, (args.rows, 1, 84, 84), dtype=torch.uint8),
+        obs=torch.randint(0, 256, (args.rows, 84, 84), dtype=torch.uint8),
         begins=row == 0,
         actions=torch.randint(0, envs.single_action_space.n, (args.rows,)),
         rewards=torch.randn(args.rows),
@@ -108,7 +113,7 @@ def dqn_calls(script, torch, args):
         q_network, target_network = networks
         optimizer = torch.optim.Adam(q_network.parameters(), lr=1e-6, fused=True)
         sizes[name] = sum(p.numel() for p in q_network.parameters() if p.requires_grad)
-        obs, state = envs.reset(seed=list(range(ENVS)))[0], q_network.memory.initial_state(ENVS)
+        obs, state = envs.reset(seed=0)[0], initial_state(q_network)
 
         def act():
             nonlocal obs, state
@@ -140,7 +145,7 @@ def ppo_calls(script, torch, args):
     from ppo_update import ppo_loss
 
     own = script.Args(hidden_size=args.hidden_size, env_id=args.env_id)
-    envs = script.vector_env([script.make_env(own.env_id, {})] * ENVS)
+    envs = script.make_env(own.env_id, ENVS, {})
     rng = np.random.default_rng(0)
     obs = rng.integers(256, size=(STEPS, ENVS, 84, 84), dtype=np.uint8)
     begins = np.zeros((STEPS, ENVS), bool)
@@ -156,7 +161,7 @@ def ppo_calls(script, torch, args):
             agent.encoder = torch.compile(agent.encoder)
         optimizer = torch.optim.Adam(agent.parameters(), lr=0.0, fused=True)
         sizes[name] = sum(p.numel() for p in agent.parameters() if p.requires_grad)
-        next_obs, state = envs.reset(seed=list(range(ENVS)))[0], agent.memory.initial_state(ENVS)
+        next_obs, state = envs.reset(seed=0)[0], initial_state(agent)
         carried_tape = script.CarriedTape(obs, state)
         for _ in range(1 + (name == "lru, carried")):
             carried_tape.add(obs, begins)
@@ -169,14 +174,14 @@ def ppo_calls(script, torch, args):
             with torch.no_grad():
                 policy, _, state = agent.step(next_obs, no_begins, state)
                 actions = (policy + torch.from_numpy(rng.gumbel(size=policy.shape).astype(np.float32))).argmax(-1)
-                script.log_prob(policy, actions)
-            next_obs, *_ = envs.step(script.env_actions(envs, actions))
+                policy.gather(-1, actions[:, None])
+            next_obs, *_ = envs.step(actions.numpy())
 
         def train():
             for mb_envs in np.arange(ENVS).reshape(MINIBATCHES, -1):
                 policy, value, _ = agent(carried_tape.sections(mb_envs, STEPS))
                 mb_inds = torch.from_numpy((mb_envs[:, None] * STEPS + np.arange(STEPS)).flatten())
-                newlogprob, entropy = script.log_prob(policy, b_actions[mb_inds]), -(policy.exp() * policy).flatten(1).sum(1)
+                newlogprob, entropy = policy.gather(-1, b_actions[mb_inds, None]).squeeze(-1), -(policy.exp() * policy).sum(-1)
                 loss = ppo_loss(newlogprob, entropy, value, [rows[mb_inds] for rows in batch], own)
                 optimizer.zero_grad()
                 loss.backward()
