@@ -6,7 +6,7 @@
 A *tape* holds many episodes end to end; `begins` marks the first row of each, where the memory starts anew (Morad et al. 2024,
 "Recurrent Reinforcement Learning with Memoroids", eq. 12). Gradients flow to decay, x and h0.
 
-Backends: `numba` (CPU: runs at the speed of a memory copy), `triton` (CUDA), `torch` (everywhere), `ref` (the definition, a
+Backends: `numba` (CPU: close to the speed of a memory copy), `triton` (CUDA), `torch` (everywhere), `ref` (the definition, a
 plain loop). They share one signature:
 
     forward(decay, x, begins, h0, reverse) -> h

@@ -152,8 +152,8 @@ def run_table(rows, name):
     table = []
     for cell in grouped(rows, lambda r: (task_name(r), r["arm"], steps_text([r]))).values():
         done = [row for row in cell if row["state"] == "done"]
-        clock = "cpu_seconds" if all(row.get("cpu_seconds") for row in done) else "seconds"
-        seconds = [float(row[clock]) for row in done]
+        clock = "cpu_seconds" if any(row.get("cpu_seconds") for row in done) else "seconds"
+        seconds = [float(row[clock]) for row in done if row.get(clock)]
         table.append(
             {
                 "environment": task_name(cell[0]),
@@ -222,7 +222,7 @@ def draw(results):
     for folder in sorted(path.parent for path in results.glob("*/intervals.csv")):
         found = [rows(folder, name) for name in ("runs", "curves", "intervals")]
         grid_picture(*found, folder / "picture.svg", "steps")
-        if any(point.get("seconds") for point in found[1]):
+        if len({row["arm"] for row in found[0]}) > 1 and all(point["seconds"] for point in found[1]):  # arms to compare
             grid_picture(*found, folder / "seconds.svg", "seconds")
     for folder in sorted(results.glob("machines/*/")):
         for name in ("scan", "scan_cuda"):
