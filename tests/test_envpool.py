@@ -36,7 +36,7 @@ def main(script, folder, *flags, fake=False):
 
 @functools.cache
 def fake_envpool():
-    spec = importlib.util.spec_from_file_location("fake_envpool", ROOT / "tests" / "fake_envpool" / "envpool.py")
+    spec = importlib.util.spec_from_file_location("fake_envpool", ROOT / "tests" / "helpers" / "fake_envpool" / "envpool.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

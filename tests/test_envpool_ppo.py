@@ -220,7 +220,7 @@ def torchrun(folder, *flags):
     """What two processes print, whose weights are equal at the end. -> and what each of them has then"""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [spied(folder, MULTIGPU, "{rank}"), *flags]
-    path = os.pathsep.join(map(str, (ROOT / "tests" / "fake_envpool", ROOT)))
+    path = os.pathsep.join(map(str, (ROOT / "tests" / "helpers" / "fake_envpool", ROOT)))
     env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(list(map(str, command)), cwd=folder, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
