@@ -16,6 +16,7 @@ time comes first. Does not include: n-step returns, prioritised replay, continuo
 """
 
 import os
+import random
 import sys
 import time
 from collections import deque
@@ -33,9 +34,24 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 try:
+    from cleanrl_memoroid.runs import Checked, catch_stop_signals, check_flags, checkpoint, load, new_run_dir, save
     from cleanrl_memoroid.scan import linear_attention, linear_scan, tune_cpu
-except ImportError:  # this file's own associative_scan then computes the same, more slowly
-    linear_attention, linear_scan, tune_cpu = None, None, lambda: None
+except ImportError:  # alone, this file computes the same, more slowly, and trusts flags, files and environments
+    linear_scan, tune_cpu, catch_stop_signals, check_flags = None, lambda: None, lambda on=True: [], lambda *_: None
+    Checked, load = lambda env, idx: env, lambda path, *_: torch.load(path, "cpu", weights_only="model.pt" in path)
+    linear_attention, new_run_dir = None, "runs/{}".format
+
+    def save(path, content):  # leaves a whole file or none under this name, also when the process is killed on the way
+        torch.save(content, f"{path}.partial")
+        os.replace(f"{path}.partial", path)
+
+    def checkpoint(path, content, envs):
+        try:
+            content["envs"] = cloudpickle.dumps((envs.envs, random.getstate(), np.random.get_state()))
+        except Exception as error:  # whatever an environment raises
+            print(f"the environment cannot be saved ({error}): --resume will begin new episodes")
+        save(path, content)
+        return lambda actions, outcome: None
 
 
 @dataclass
@@ -47,7 +63,8 @@ class Args:
     wandb_project_name: str = "cleanrl-memoroid"  # the project name in Weights and Biases (the team: WANDB_ENTITY)
     capture_video: bool = False  # if toggled, record an episode of the evaluation in `videos/`
     eval_episodes: int = 100  # number of greedy episodes after training and with --evaluate; 0: none (episodes)
-    checkpoint_interval: int = 10_000  # environment steps between checkpoints, for --resume; 0: none (steps)
+    eval_max_steps: int = 10_000  # an evaluation ends here; episodes that still run count as they are (steps)
+    checkpoint_interval: int = 10_000  # environment steps between checkpoints, for --resume; 0: at Ctrl-C only (steps)
     resume: str | None = None  # run directory: continue it, under its flags unless given again; it can run code: only yours
     evaluate: str | None = None  # run directory: play greedy episodes with its trained model, and exit
 
@@ -79,7 +96,7 @@ class Args:
     burn_in: int = 0  # rows before a segment that only warm its memory, as in R2D2; on top of `batch_size` (transitions)
 
 
-def make_env(env_id, env_kwargs, prev_action=True, video_folder=None):
+def make_env(env_id, env_kwargs, prev_action=True, idx=0, video_folder=None):
     def thunk():
         if env_id.startswith("popgym-"):
             from popgym.wrappers import Antialias, DiscreteAction, Flatten, PreviousAction
@@ -90,8 +107,9 @@ def make_env(env_id, env_kwargs, prev_action=True, video_folder=None):
             env = Flatten(Antialias(env))  # adds the flag "this is the first step", then concatenates everything one-hot
             env = DiscreteAction(env) if isinstance(env.action_space, gym.spaces.MultiDiscrete) else env
         else:
-            env = gym.make(env_id, render_mode="rgb_array" if video_folder else None, **env_kwargs)
+            env = gym.make(env_id, **(env_kwargs | ({"render_mode": "rgb_array"} if video_folder else {})))
             env = env if isinstance(env.observation_space, gym.spaces.Box) else gym.wrappers.FlattenObservation(env)
+        env = Checked(env, idx)  # each observation in memory of its own, finite numbers, no infos
         env = gym.wrappers.RecordVideo(env, video_folder) if video_folder else env
         return gym.wrappers.RecordEpisodeStatistics(env)
 
@@ -304,75 +322,82 @@ def td_target(q, next_q, tape, gamma):
     return tape.rewards[rows] + gamma * torch.where(tape.terminations[rows], 0, bootstrap)
 
 
-def evaluate(q_network, env_fns, seed):
+def evaluate(q_network, env_fns, args):
     """Returns of greedy episodes, one in each environment: short episodes do not count more often than long ones. [E]"""
-    envs = gym.vector.SyncVectorEnv(env_fns)
+    envs, seed = gym.vector.SyncVectorEnv(env_fns), args.seed + 10**6
+    random.seed(seed)  # environments may draw from these, too
+    np.random.seed(seed)
     (obs, _), recurrent_state = envs.reset(seed=seed), q_network.memory.initial_state(len(env_fns))
     returns, begins, running = np.zeros(len(env_fns)), *np.ones((2, len(env_fns)), bool)
-    while running.any():
+    for _ in range(args.eval_max_steps):
         q_values, recurrent_state = q_network.step(obs, begins, recurrent_state)
         actions = q_values.argmax(dim=1).cpu().numpy() + envs.single_action_space.start
         obs, rewards, terminations, truncations, _ = envs.step(actions)
         returns += rewards * running
         begins, running = np.zeros_like(running), running & ~(terminations | truncations)
+        if not running.any():
+            break
     envs.close()
-    print(f"evaluation: episodic_return={returns.mean():.4f}, the mean of {len(returns)} greedy episodes")
+    cut = f"; {running.sum()} cut off by --eval-max-steps" if running.any() else ""
+    print(f"evaluation: episodic_return={returns.mean():.4f}, the mean of {len(obs)} greedy episodes of {args.env_id}{cut}")
     return returns
 
 
-def save(path, content):
-    """Leaves a whole file or none under this name, also when the process is killed on the way."""
-    torch.save(content, f"{path}.partial")
-    os.replace(f"{path}.partial", path)
-
-
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    sys.path.append(os.getcwd())  # where `--env-id my_module:My-v0` may lie
+    args, script = tyro.cli(Args, description=__doc__), os.path.basename(__file__)
     run_dir, saved = args.resume or args.evaluate, None
     if run_dir:
-        path = f"{run_dir}/{'checkpoint.pt' if args.resume else 'model.pt'}"
-        if not os.path.isfile(path):
-            raise ValueError(f"--{'resume' if args.resume else 'evaluate'}: expected a file {path}, got none; see `ls runs`")
-        saved = torch.load(path, map_location="cpu" if args.evaluate else None, weights_only=not args.resume)
+        path = os.path.join(run_dir, "checkpoint.pt" if args.resume else "model.pt")
+        saved = load(path, script, args)
         args = tyro.cli(Args, default=Args(**{**saved["args"], "env_kwargs": {}}))  # the run's own flags, unless given again
         args.env_kwargs = args.env_kwargs or saved["args"]["env_kwargs"]
-    for name in ["num_envs", "batch_size", "train_frequency", "total_timesteps"] + ["eval_episodes"] * bool(args.evaluate):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}; raise it")
+    most = dict.fromkeys("gamma tau start_e end_e exploration_fraction learning_rate".split(), 1) | {"seed": 10**9}
+    most |= dict.fromkeys(("num_envs", "train_frequency", "learning_starts"), args.total_timesteps - 1)
+    zero = "seed checkpoint_interval learning_starts burn_in".split() + ["eval_episodes"] * (not args.evaluate)
+    check_flags(args, zero, most, saved["args"] if args.resume else {})
     if args.cuda and not torch.cuda.is_available():
-        raise ValueError("--cuda: expected a CUDA device, PyTorch finds none; drop the flag to train on the CPU")
-    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
-    run_dir = run_dir or f"runs/{run_name}"
+        raise ValueError("--cuda: expected a CUDA device, PyTorch finds none; drop the flag, or resume with --no-cuda")
     torch.set_num_threads(int(os.getenv("OMP_NUM_THREADS", 1)))  # more are slower, unless networks are large and cores idle
     tune_cpu()
     # TRY NOT TO MODIFY: seeding
     rng = np.random.default_rng(args.seed)
+    random.seed(args.seed)
+    np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda else "cpu")
     # env setup
     make = [args.env_id, args.env_kwargs, args.prev_action]
     # TBB: in the step that ends an episode, next_obs is already the first one of the next episode; infos has the final one
-    envs = gym.vector.SyncVectorEnv([make_env(*make)] * args.num_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
-    eval_fns = [make_env(*make)] * args.eval_episodes
-    if args.capture_video:
-        eval_fns[:1] = [make_env(*make, f"videos/{run_name}")]
-        try:  # what cannot be recorded is better known now than after training
-            eval_fns[0]().close()
-        except Exception as error:
-            raise ValueError(f"--capture-video: {args.env_id} cannot be recorded ({error}); drop the flag") from error
+    try:
+        envs = gym.vector.SyncVectorEnv([make_env(*make, i) for i in range(args.num_envs)], autoreset_mode="SameStep")
+        if args.capture_video:  # what cannot be recorded is better known now than after training
+            make_env(*make, 0, "videos")().close()
+    except Exception as error:  # whatever an environment raises
+        raise ValueError(f"--env-id {args.env_id}, --env-kwargs, --capture-video: {error}; change one, or make_env") from error
 
     q_network, target_network = QNetwork(envs, args).to(device), QNetwork(envs, args).to(device)
     target_network.load_state_dict(q_network.state_dict())
+    if saved:
+        saved = torch.load(path, map_location=device, weights_only=not args.resume) if args.cuda else saved
+        weights = saved["q_network"] if args.evaluate else saved["state"]["q_network"].state_dict()
+        if [v.shape for v in weights.values()] != [v.shape for v in q_network.state_dict().values()]:
+            raise ValueError(f"--env-id {args.env_id}, or sizes of layers: not those of the network in {path}; leave them out")
+    run_dir = run_dir or new_run_dir(f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-"))
+    run_name = os.path.basename(os.path.abspath(run_dir))
+    eval_fns = [make_env(*make, i) for i in range(args.eval_episodes)]
+    if args.capture_video:
+        eval_fns[:1] = [make_env(*make, 0, f"videos/{run_name}")]
     if args.evaluate:
-        q_network.load_state_dict(saved["q_network"])
-        evaluate(q_network, eval_fns, args.seed + 10**6)
+        q_network.load_state_dict(weights)
+        evaluate(q_network, eval_fns, args)
         sys.exit()
     optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, fused=True)
     tape_buffer = SegmentBuffer(args.buffer_size, args.segment_length, args.burn_in)
     if args.track:
         import wandb
 
-        run = {"name": run_name, "id": os.path.basename(run_dir), "resume": "allow", "config": vars(args)}
+        run = {"name": run_name, "id": run_name, "resume": "allow", "config": vars(args)}
         wandb.init(project=args.wandb_project_name, sync_tensorboard=True, save_code=True, **run)
     writer = SummaryWriter(run_dir, purge_step=saved["state"]["global_step"] + 1 if saved else None)
     writer.add_text("hyperparameters", "\n".join(["|param|value|\n|-|-|", *(f"|{k}|{v}|" for k, v in vars(args).items())]))
@@ -386,27 +411,29 @@ if __name__ == "__main__":
     state = "q_network target_network optimizer tape_buffer rng global_step update obs begins recurrent_state running".split()
     if saved:
         globals().update(saved["state"])
-        if saved["envs"]:
-            envs.envs = cloudpickle.loads(saved["envs"])
+        where = "env_id", "env_kwargs", "prev_action", "num_envs"  # other flags change no environment
+        if saved.get("envs") and all(saved["args"][name] == getattr(args, name) for name in where):
+            envs.envs, *random_states = cloudpickle.loads(saved["envs"])
+            random.setstate(random_states[0])
+            np.random.set_state(random_states[1])
         else:
-            print(f"{args.env_id} could not be saved: new episodes begin, and the run differs from one that was never stopped")
-            obs, begins, running = envs.reset()[0], np.ones(args.num_envs, bool), [[] for _ in range(args.num_envs)]
-
+            print("the environments are new or could not be saved: new episodes begin, the run differs from one never stopped")
+            obs, _ = envs.reset(seed=int(rng.integers(2**31)))
+            begins, running = np.ones(args.num_envs, bool), [[] for _ in range(args.num_envs)]
+            recurrent_state = q_network.memory.initial_state(args.num_envs)
     start_time, start_step, recent_returns = time.time(), global_step, deque(maxlen=20)
     scan = "cleanrl_memoroid's scan" if linear_scan else "this file's own scan (faster with `pip install` of cleanrl-memoroid)"
     print(f"{args.exp_name}: {args.env_id}, {args.total_timesteps:,} steps in {args.num_envs} environments, {device}, {scan}")
-    print(f"random actions for {args.learning_starts:,} steps, then an update every {args.train_frequency}; {run_dir}")
+    size = f"{4e-9 * obs[0].size * min(args.buffer_size, 2 * args.total_timesteps):.2f} GB of observations at most"
+    print(f"{args.learning_starts:,} random steps, then an update every {args.train_frequency}; {size}; {run_dir}")
+    stop = catch_stop_signals()  # empty until Ctrl-C or SIGTERM asks for an end
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", mininterval=0.2 if sys.stderr.isatty() else 5)
     while global_step < args.total_timesteps:
-        if args.checkpoint_interval and global_step % args.checkpoint_interval < args.num_envs:
+        due = stop or args.checkpoint_interval and global_step % args.checkpoint_interval < args.num_envs
+        if due:
             writer.flush()  # before the checkpoint: a resumed run logs only what comes after it
-            content = {"args": asdict(args), "state": {name: globals()[name] for name in state}, "envs": None}
-            try:
-                content["envs"] = cloudpickle.dumps(envs.envs)
-            except Exception as error:  # whatever an environment raises
-                if global_step == 0:
-                    print(f"{args.env_id} cannot be saved ({error}): --resume will begin new episodes, the run will differ")
-            save(f"{run_dir}/checkpoint.pt", content)
+            content = {"script": script, "args": asdict(args), "state": {name: globals()[name] for name in state}}
+            finish = checkpoint(f"{run_dir}/checkpoint.pt", content, envs)
         # ALGO LOGIC: put action logic here
         exploration = args.learning_starts, args.learning_starts + args.exploration_fraction * args.total_timesteps
         epsilon = np.interp(global_step, exploration, (args.start_e, args.end_e), left=1.0)
@@ -414,7 +441,13 @@ if __name__ == "__main__":
         random_actions = rng.integers(envs.single_action_space.n, size=args.num_envs)
         actions = np.where(rng.random(args.num_envs) < epsilon, random_actions, q_values.argmax(dim=1).cpu().numpy())
         # TRY NOT TO MODIFY: execute the game and log data.
-        next_obs, rewards, terminations, truncations, infos = envs.step(actions + envs.single_action_space.start)
+        taken = actions + envs.single_action_space.start
+        outcome = next_obs, rewards, terminations, truncations, infos = envs.step(taken)
+        if due:
+            finish(taken, outcome)  # the step has shown whether a copy of the environments goes on as they do
+            if stop:
+                print(f"stopped; --resume {run_dir} goes on from step {global_step:,}")
+                sys.exit(128 + stop[0])
         global_step += args.num_envs
         begins = terminations | truncations
         # TBB: save data to the tape buffer, one whole episode at a time, with its final observation
@@ -429,6 +462,10 @@ if __name__ == "__main__":
                 writer.add_scalar("charts/episodic_return", recent_returns[-1], global_step)
                 writer.add_scalar("charts/episodic_length", infos["final_info"]["episode"]["l"][i], global_step)
         obs = next_obs  # TRY NOT TO MODIFY: CRUCIAL step easy to overlook
+        if max(map(len, running)) >= args.buffer_size:
+            raise ValueError(f"--buffer-size {args.buffer_size}: an episode has not ended after so many steps; raise it")
+        if not tape_buffer.episodes and 0 < global_step - args.learning_starts <= args.num_envs:
+            print("warning: no episode has ended, and before one does nothing is learned; --env-kwargs max_episode_steps 200?")
         # ALGO LOGIC: training, at every multiple of train_frequency that this step has reached or passed
         updates_due = global_step // args.train_frequency - (global_step - args.num_envs) // args.train_frequency
         for _ in range(updates_due if global_step > args.learning_starts and tape_buffer.episodes else 0):
@@ -445,7 +482,7 @@ if __name__ == "__main__":
             loss.backward()
             grad_norm = nn.utils.clip_grad_norm_(q_network.parameters(), args.max_grad_norm, foreach=True)
             if not torch.isfinite(loss + grad_norm):
-                remedy = f"--resume {run_dir} with a smaller --learning-rate goes on before it; or make rewards smaller"
+                remedy = "scale rewards" if tape.rewards.norm() > 1e6 else f"--resume {run_dir} with a smaller --learning-rate"
                 raise FloatingPointError(f"step {global_step}: loss {loss:.3g}, gradient norm {grad_norm:.3g}; {remedy}")
             optimizer.step()
             # update target network
@@ -464,9 +501,12 @@ if __name__ == "__main__":
             update += 1
         bar.update(global_step - bar.n)
     bar.close()
-    save(f"{run_dir}/model.pt", {"q_network": q_network.state_dict(), "args": asdict(args)})
+    catch_stop_signals(on=False)
+    if update == 0:
+        raise ValueError(f"--total-timesteps {args.total_timesteps}: no episode had ended when an update was due; raise it")
+    save(f"{run_dir}/model.pt", {"script": script, "args": asdict(args), "q_network": q_network.state_dict()})
     print(f"trained for {global_step:,} steps, {update:,} updates, {time.time() - start_time:.1f} seconds: {run_dir}/model.pt")
-    for idx, episodic_return in enumerate(evaluate(q_network, eval_fns, args.seed + 10**6) if args.eval_episodes else ()):
+    for idx, episodic_return in enumerate(evaluate(q_network, eval_fns, args) if args.eval_episodes else ()):
         writer.add_scalar("eval/episodic_return", episodic_return, global_step + idx)  # --resume takes it back
     envs.close()
     writer.close()

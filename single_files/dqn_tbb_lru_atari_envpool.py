@@ -34,9 +34,16 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 try:
+    from cleanrl_memoroid.runs import catch_stop_signals, check_flags, load, new_run_dir, save
     from cleanrl_memoroid.scan import linear_scan, tune_cpu
-except ImportError:  # this file's own associative_scan then computes the same, more slowly
-    linear_scan, tune_cpu = None, lambda: None
+except ImportError:  # alone, this file computes the same, more slowly, and trusts flags, files and disks
+    linear_scan, tune_cpu, catch_stop_signals, check_flags = None, lambda: None, lambda on=True: [], lambda *_: None
+    load, new_run_dir = lambda path, *_: torch.load(path, "cpu", weights_only="model.pt" in path), "runs/{}".format
+
+    def save(path, content):  # leaves a whole file or none under this name, also when the process is killed on the way
+        torch.save(content, f"{path}.partial")
+        os.replace(f"{path}.partial", path)
+
 
 PIECE = 256  # frames that the convolution takes at once: its intermediate results stay near the processor
 KEPT_ROWS = 4_000  # of a longer tape they are computed twice, not kept for the gradient: a game can be larger than memory
@@ -50,7 +57,9 @@ class Args:
     track: bool = False  # if toggled, also log to Weights and Biases (WANDB_MODE=offline needs no account)
     wandb_project_name: str = "cleanrl-memoroid"  # the project name in Weights and Biases (the team: WANDB_ENTITY)
     eval_episodes: int = 10  # number of greedy games after training and with --evaluate; 0: none (games)
-    checkpoint_interval: int = 100_000  # environment steps between checkpoints, each as large as the tape; 0: none (steps)
+    checkpoint_interval: int = (
+        100_000  # environment steps between checkpoints, each as large as the tape; 0: at Ctrl-C only (steps)
+    )
     resume: str | None = None  # run directory: continue it, under its flags unless given again; it can run code: only yours
     evaluate: str | None = None  # run directory: play greedy games with its trained model, and exit
 
@@ -364,9 +373,9 @@ def td_target(q, next_q, tape, gamma):
     return tape.rewards[rows] + gamma * torch.where(tape.terminations[rows], 0, bootstrap)
 
 
-def evaluate(q_network, envs, seed):
+def evaluate(q_network, envs, args):
     """Returns of greedy games, one in each environment: short games do not count more often than long ones. [E]"""
-    (obs, _), recurrent_state = envs.reset(seed=seed), q_network.initial_state(envs.num_envs)
+    (obs, _), recurrent_state = envs.reset(seed=args.seed + 10**6), q_network.initial_state(envs.num_envs)
     returns, begins, running = np.zeros(envs.num_envs), *np.ones((2, envs.num_envs), bool)
     while running.any():
         q_values, recurrent_state = q_network.step(obs, begins, recurrent_state)
@@ -374,36 +383,27 @@ def evaluate(q_network, envs, seed):
         returns += rewards * running
         begins, running = terminations | truncations, running & ~infos["game_over"]
     envs.close()
-    print(f"evaluation: episodic_return={returns.mean():.4f}, the mean of {len(returns)} greedy games")
+    print(f"evaluation: episodic_return={returns.mean():.4f}, the mean of {len(returns)} greedy games of {args.env_id}")
     return returns
 
 
-def save(path, content):
-    """Leaves a whole file or none under this name, also when the process is killed on the way."""
-    torch.save(content, f"{path}.partial")
-    os.replace(f"{path}.partial", path)
-
-
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args, script = tyro.cli(Args, description=__doc__), os.path.basename(__file__)
     run_dir, saved = args.resume or args.evaluate, None
     if run_dir:
-        path = f"{run_dir}/{'checkpoint.pt' if args.resume else 'model.pt'}"
-        if not os.path.isfile(path):
-            raise ValueError(f"--{'resume' if args.resume else 'evaluate'}: expected a file {path}, got none; see `ls runs`")
-        saved = torch.load(path, map_location="cpu" if args.evaluate else None, weights_only=not args.resume)
+        path = os.path.join(run_dir, "checkpoint.pt" if args.resume else "model.pt")
+        saved = load(path, script, args)
         args = tyro.cli(Args, default=Args(**{**saved["args"], "env_kwargs": {}}))  # the run's own flags, unless given again
         args.env_kwargs = args.env_kwargs or saved["args"]["env_kwargs"]
-    least = dict.fromkeys(("num_envs", "batch_size", "train_frequency", "total_timesteps", "max_episode_steps"), 1)
-    least["buffer_size"] = args.num_envs * (args.max_episode_steps + 1)  # games that all last to the limit fit on the tape
-    for name, low in {**least, "eval_episodes": 1 if args.evaluate else 0}.items():
-        if getattr(args, name) < low:
-            remedy = "raise it" + (", or lower --max-episode-steps or --num-envs" if name == "buffer_size" else "")
-            raise ValueError(f"--{name.replace('_', '-')}: expected at least {low}, got {getattr(args, name)}; {remedy}")
+    most = dict.fromkeys("gamma tau start_e end_e exploration_fraction learning_rate".split(), 1) | {"seed": 10**9}
+    most |= dict.fromkeys(("num_envs", "train_frequency", "learning_starts"), args.total_timesteps - 1)
+    zero = "seed checkpoint_interval learning_starts".split() + ["eval_episodes"] * (not args.evaluate)
+    check_flags(args, zero, most, {"seed": saved["args"]["seed"]} if args.resume else {})
+    if args.buffer_size < (least := args.num_envs * (args.max_episode_steps + 1)):  # games that all last to the limit fit
+        remedy = "raise it, or lower --max-episode-steps or --num-envs"
+        raise ValueError(f"--buffer-size: expected at least {least}, got {args.buffer_size}; {remedy}")
     if args.cuda and not torch.cuda.is_available():
-        raise ValueError("--cuda: expected a CUDA device, PyTorch finds none; drop the flag to train on the CPU")
-    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
-    run_dir = run_dir or f"runs/{run_name}"
+        raise ValueError("--cuda: expected a CUDA device, PyTorch finds none; drop the flag, or resume with --no-cuda")
     torch.set_num_threads(int(os.getenv("OMP_NUM_THREADS", 1)))  # more are slower, unless networks are large and cores idle
     tune_cpu()
     # TRY NOT TO MODIFY: seeding
@@ -417,15 +417,22 @@ if __name__ == "__main__":
 
     q_network, target_network = QNetwork(envs, args).to(device), QNetwork(envs, args).to(device)
     target_network.load_state_dict(q_network.state_dict())
+    if saved:
+        saved = torch.load(path, map_location=device, weights_only=not args.resume) if args.cuda else saved
+        weights = saved["q_network"] if args.evaluate else saved["state"]["q_network"].state_dict()
+        if [v.shape for v in weights.values()] != [v.shape for v in q_network.state_dict().values()]:
+            raise ValueError(f"--env-id {args.env_id}, or sizes of layers: not those of the network in {path}; leave them out")
+    run_dir = run_dir or new_run_dir(f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-"))
+    run_name = os.path.basename(os.path.abspath(run_dir))
     if args.evaluate:
-        q_network.load_state_dict(saved["q_network"])
-        evaluate(q_network, eval_envs, args.seed + 10**6)
+        q_network.load_state_dict(weights)
+        evaluate(q_network, eval_envs, args)
         sys.exit()
     optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, fused=True)
     if args.track:
         import wandb
 
-        run = {"name": run_name, "id": os.path.basename(run_dir), "resume": "allow", "config": vars(args)}
+        run = {"name": run_name, "id": run_name, "resume": "allow", "config": vars(args)}
         wandb.init(project=args.wandb_project_name, sync_tensorboard=True, save_code=True, **run)
     writer = SummaryWriter(run_dir, purge_step=saved["state"]["global_step"] + 1 if saved else None)
     writer.add_text("hyperparameters", "\n".join(["|param|value|\n|-|-|", *(f"|{k}|{v}|" for k, v in vars(args).items())]))
@@ -446,11 +453,16 @@ if __name__ == "__main__":
     print(f"{args.exp_name}: {args.env_id}, {args.total_timesteps:,} steps in {args.num_envs} environments, {device}, {scan}")
     print(f"random actions for {args.learning_starts:,} steps, then an update every {args.train_frequency}; {run_dir}")
     print(f"the tape takes {args.buffer_size * obs[0].nbytes / 1e9:.2f} GB once it is full")
+    stop = catch_stop_signals()  # empty until Ctrl-C or SIGTERM asks for an end
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", mininterval=0.2 if sys.stderr.isatty() else 5)
     while global_step < args.total_timesteps:
-        if args.checkpoint_interval and global_step % args.checkpoint_interval < args.num_envs:
+        if stop or args.checkpoint_interval and global_step % args.checkpoint_interval < args.num_envs:
             writer.flush()  # before the checkpoint: a resumed run logs only what comes after it
-            save(f"{run_dir}/checkpoint.pt", {"args": asdict(args), "state": {name: globals()[name] for name in state}})
+            content = {"script": script, "args": asdict(args), "state": {name: globals()[name] for name in state}}
+            save(f"{run_dir}/checkpoint.pt", content)
+        if stop:
+            print(f"stopped; --resume {run_dir} goes on from step {global_step:,}")
+            sys.exit(128 + stop[0])
         # ALGO LOGIC: put action logic here
         exploration = args.learning_starts, args.learning_starts + args.exploration_fraction * args.total_timesteps
         epsilon = np.interp(global_step, exploration, (args.start_e, args.end_e), left=1.0)
@@ -486,7 +498,7 @@ if __name__ == "__main__":
             loss.backward()
             grad_norm = nn.utils.clip_grad_norm_(q_network.parameters(), args.max_grad_norm, foreach=True)
             if not torch.isfinite(loss + grad_norm):
-                remedy = f"--resume {run_dir} with a smaller --learning-rate goes on before it; or make rewards smaller"
+                remedy = "scale rewards" if tape.rewards.norm() > 1e6 else f"--resume {run_dir} with a smaller --learning-rate"
                 raise FloatingPointError(f"step {global_step}: loss {loss:.3g}, gradient norm {grad_norm:.3g}; {remedy}")
             optimizer.step()
             # update target network
@@ -505,9 +517,12 @@ if __name__ == "__main__":
             update += 1
         bar.update(global_step - bar.n)
     bar.close()
-    save(f"{run_dir}/model.pt", {"q_network": q_network.state_dict(), "args": asdict(args)})
+    catch_stop_signals(on=False)
+    if update == 0:
+        raise ValueError(f"--total-timesteps {args.total_timesteps}: no game had ended when an update was due; raise it")
+    save(f"{run_dir}/model.pt", {"script": script, "args": asdict(args), "q_network": q_network.state_dict()})
     print(f"trained for {global_step:,} steps, {update:,} updates, {time.time() - start_time:.1f} seconds: {run_dir}/model.pt")
-    for idx, episodic_return in enumerate(evaluate(q_network, eval_envs, args.seed + 10**6) if args.eval_episodes else ()):
+    for idx, episodic_return in enumerate(evaluate(q_network, eval_envs, args) if args.eval_episodes else ()):
         writer.add_scalar("eval/episodic_return", episodic_return, global_step + idx)  # --resume takes it back
     envs.close()
     writer.close()

@@ -14,6 +14,7 @@ D parts of an action, H width, M traces, C contexts; time comes first. Does not 
 """
 
 import os
+import random
 import sys
 import time
 from collections import deque
@@ -31,9 +32,24 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 try:
+    from cleanrl_memoroid.runs import Checked, catch_stop_signals, check_flags, checkpoint, load, new_run_dir, save
     from cleanrl_memoroid.scan import linear_scan, tune_cpu
-except ImportError:  # this file's own associative_scan then computes the same, more slowly
-    linear_scan, tune_cpu = None, lambda: None
+except ImportError:  # alone, this file computes the same, more slowly, and trusts flags, files and environments
+    linear_scan, tune_cpu, catch_stop_signals, check_flags = None, lambda: None, lambda on=True: [], lambda *_: None
+    Checked, load = lambda env, idx: env, lambda path, *_: torch.load(path, "cpu", weights_only="model.pt" in path)
+    new_run_dir = "runs/{}".format
+
+    def save(path, content):  # leaves a whole file or none under this name, also when the process is killed on the way
+        torch.save(content, f"{path}.partial")
+        os.replace(f"{path}.partial", path)
+
+    def checkpoint(path, content, envs):
+        try:
+            content["envs"] = cloudpickle.dumps((envs.envs, random.getstate(), np.random.get_state()))
+        except Exception as error:  # whatever an environment raises
+            print(f"the environment cannot be saved ({error}): --resume will begin new episodes")
+        save(path, content)
+        return lambda actions, outcome: None
 
 
 @dataclass
@@ -45,7 +61,8 @@ class Args:
     wandb_project_name: str = "cleanrl-memoroid"  # the project name in Weights and Biases (the team: WANDB_ENTITY)
     capture_video: bool = False  # if toggled, record an episode of the evaluation in `videos/`
     eval_episodes: int = 100  # number of greedy episodes after training and with --evaluate; 0: none (episodes)
-    checkpoint_interval: int = 50_000  # environment steps between checkpoints, for --resume; 0: none (steps)
+    eval_max_steps: int = 10_000  # an evaluation ends here; episodes that still run count as they are (steps)
+    checkpoint_interval: int = 50_000  # environment steps between checkpoints, for --resume; 0: at Ctrl-C only (steps)
     resume: str | None = None  # run directory: continue it, under its flags unless given again; it can run code: only yours
     evaluate: str | None = None  # run directory: play greedy episodes with its trained model, and exit
 
@@ -79,7 +96,7 @@ class Args:
     context_size: int = 4  # FFM's contexts C: oscillations with different periods, which tell the time (channels)
 
 
-def make_env(env_id, env_kwargs, prev_action=True, video_folder=None):
+def make_env(env_id, env_kwargs, prev_action=True, idx=0, video_folder=None):
     def thunk():
         if env_id.startswith("popgym-"):
             from popgym.wrappers import Antialias, Flatten, PreviousAction
@@ -89,8 +106,9 @@ def make_env(env_id, env_kwargs, prev_action=True, video_folder=None):
             env = PreviousAction(env) if prev_action else env
             env = Flatten(Antialias(env))  # adds the flag "this is the first step", then concatenates everything one-hot
         else:
-            env = gym.make(env_id, render_mode="rgb_array" if video_folder else None, **env_kwargs)
+            env = gym.make(env_id, **(env_kwargs | ({"render_mode": "rgb_array"} if video_folder else {})))
             env = env if isinstance(env.observation_space, gym.spaces.Box) else gym.wrappers.FlattenObservation(env)
+        env = Checked(env, idx)  # each observation in memory of its own, finite numbers, no infos
         env = gym.wrappers.RecordVideo(env, video_folder) if video_folder else env
         return gym.wrappers.RecordEpisodeStatistics(env)
 
@@ -273,7 +291,7 @@ class Agent(nn.Module):
     def __init__(self, envs, args):
         super().__init__()
         obs_space, space, hidden = envs.single_observation_space, envs.single_action_space, args.hidden_size
-        if not isinstance(space, (gym.spaces.Discrete, gym.spaces.MultiDiscrete)):
+        if not isinstance(space, (gym.spaces.Discrete, gym.spaces.MultiDiscrete)) or len(space.shape) > 1:
             raise ValueError(f"--env-id: expected finite actions, got {space}; use ppo_tbb_lru_continuous_action.py")
         if len(obs_space.shape or ()) != 1:
             raise ValueError(f"--env-id: expected vector observations, got {obs_space}; flatten them, or edit this encoder")
@@ -330,79 +348,84 @@ def env_actions(envs, actions):
     return actions.cpu().numpy().reshape(envs.action_space.shape) + envs.single_action_space.start
 
 
-def evaluate(agent, env_fns, seed):
+def evaluate(agent, env_fns, args):
     """Returns of greedy episodes, one in each environment: short episodes do not count more often than long ones. [E]"""
-    envs = gym.vector.SyncVectorEnv(env_fns)
+    envs, seed = gym.vector.SyncVectorEnv(env_fns), args.seed + 10**6
+    random.seed(seed)  # environments may draw from these, too
+    np.random.seed(seed)
     (obs, _), recurrent_state = envs.reset(seed=seed), agent.memory.initial_state(len(env_fns))
     returns, begins, running = np.zeros(len(env_fns)), *np.ones((2, len(env_fns)), bool)
-    while running.any():
+    for _ in range(args.eval_max_steps):
         policy, _, recurrent_state = agent.step(obs, begins, recurrent_state)
         obs, rewards, terminations, truncations, _ = envs.step(env_actions(envs, policy.argmax(-1)))
         returns += rewards * running
         begins, running = np.zeros_like(running), running & ~(terminations | truncations)
+        if not running.any():
+            break
     envs.close()
-    print(f"evaluation: episodic_return={returns.mean():.4f}, the mean of {len(returns)} greedy episodes")
+    cut = f"; {running.sum()} cut off by --eval-max-steps" if running.any() else ""
+    print(f"evaluation: episodic_return={returns.mean():.4f}, the mean of {len(obs)} greedy episodes of {args.env_id}{cut}")
     return returns
 
 
-def save(path, content):
-    """Leaves a whole file or none under this name, also when the process is killed on the way."""
-    torch.save(content, f"{path}.partial")
-    os.replace(f"{path}.partial", path)
-
-
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    sys.path.append(os.getcwd())  # where `--env-id my_module:My-v0` may lie
+    args, script = tyro.cli(Args, description=__doc__), os.path.basename(__file__)
     run_dir, saved = args.resume or args.evaluate, None
     if run_dir:
-        path = f"{run_dir}/{'checkpoint.pt' if args.resume else 'model.pt'}"
-        if not os.path.isfile(path):
-            raise ValueError(f"--{'resume' if args.resume else 'evaluate'}: expected a file {path}, got none; see `ls runs`")
-        saved = torch.load(path, map_location="cpu" if args.evaluate else None, weights_only=not args.resume)
+        path = os.path.join(run_dir, "checkpoint.pt" if args.resume else "model.pt")
+        saved = load(path, script, args)
         args = tyro.cli(Args, default=Args(**{**saved["args"], "env_kwargs": {}}))  # the run's own flags, unless given again
         args.env_kwargs = args.env_kwargs or saved["args"]["env_kwargs"]
-    least = dict.fromkeys(("num_envs", "num_steps", "num_minibatches", "update_epochs"), 1) | {"max_prefix": 0}
-    for name, low in {**least, "eval_episodes": 1 if args.evaluate else 0}.items():
-        if getattr(args, name) < low:
-            raise ValueError(f"--{name.replace('_', '-')}: expected at least {low}, got {getattr(args, name)}; raise it")
+    most = dict.fromkeys("gamma gae_lambda learning_rate".split(), 1) | {"seed": 10**9, "num_envs": args.total_timesteps}
+    zero = "seed checkpoint_interval max_prefix".split() + ["eval_episodes"] * (not args.evaluate)
+    check_flags(args, zero, most, saved["args"] if args.resume else {})
     if args.num_envs % args.num_minibatches:  # a minibatch is made of whole environments
         raise ValueError(f"--num-minibatches {args.num_minibatches}: expected a divisor of --num-envs {args.num_envs}")
     batch_size = args.num_envs * args.num_steps
     if (num_iterations := args.total_timesteps // batch_size) == 0:
         raise ValueError(f"--total-timesteps {args.total_timesteps}: expected one rollout at least, {batch_size}; raise it")
     if args.cuda and not torch.cuda.is_available():
-        raise ValueError("--cuda: expected a CUDA device, PyTorch finds none; drop the flag to train on the CPU")
-    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
-    run_dir = run_dir or f"runs/{run_name}"
+        raise ValueError("--cuda: expected a CUDA device, PyTorch finds none; drop the flag, or resume with --no-cuda")
     torch.set_num_threads(int(os.getenv("OMP_NUM_THREADS", 1)))  # more are slower, unless networks are large and cores idle
     tune_cpu()
     # TRY NOT TO MODIFY: seeding
     rng = np.random.default_rng(args.seed)  # of all draws after the initial weights
+    random.seed(args.seed)
+    np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda else "cpu")
     # env setup
     make = [args.env_id, args.env_kwargs, args.prev_action]
     # TBB: in the step that ends an episode, next_obs is already the first one of the next episode; infos has the final one
-    envs = gym.vector.SyncVectorEnv([make_env(*make)] * args.num_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
-    eval_fns = [make_env(*make)] * args.eval_episodes
-    if args.capture_video:
-        eval_fns[:1] = [make_env(*make, f"videos/{run_name}")]
-        try:  # what cannot be recorded is better known now than after training
-            eval_fns[0]().close()
-        except Exception as error:
-            raise ValueError(f"--capture-video: {args.env_id} cannot be recorded ({error}); drop the flag") from error
+    try:
+        envs = gym.vector.SyncVectorEnv([make_env(*make, i) for i in range(args.num_envs)], autoreset_mode="SameStep")
+        if args.capture_video:  # what cannot be recorded is better known now than after training
+            make_env(*make, 0, "videos")().close()
+    except Exception as error:  # whatever an environment raises
+        raise ValueError(f"--env-id {args.env_id}, --env-kwargs, --capture-video: {error}; change one, or make_env") from error
 
     agent = Agent(envs, args).to(device)
+    if saved:
+        saved = torch.load(path, map_location=device, weights_only=not args.resume) if args.cuda else saved
+        weights = saved["agent"] if args.evaluate else saved["state"]["agent"].state_dict()
+        if [v.shape for v in weights.values()] != [v.shape for v in agent.state_dict().values()]:
+            raise ValueError(f"--env-id {args.env_id}, or sizes of layers: not those of the network in {path}; leave them out")
+    run_dir = run_dir or new_run_dir(f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-"))
+    run_name = os.path.basename(os.path.abspath(run_dir))
+    eval_fns = [make_env(*make, i) for i in range(args.eval_episodes)]
+    if args.capture_video:
+        eval_fns[:1] = [make_env(*make, 0, f"videos/{run_name}")]
     if args.evaluate:
-        agent.load_state_dict(saved["agent"])
-        evaluate(agent, eval_fns, args.seed + 10**6)
+        agent.load_state_dict(weights)
+        evaluate(agent, eval_fns, args)
         sys.exit()
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)
 
     if args.track:
         import wandb
 
-        run = {"name": run_name, "id": os.path.basename(run_dir), "resume": "allow", "config": vars(args)}
+        run = {"name": run_name, "id": run_name, "resume": "allow", "config": vars(args)}
         wandb.init(project=args.wandb_project_name, sync_tensorboard=True, save_code=True, **run)
     writer = SummaryWriter(run_dir, purge_step=saved["state"]["global_step"] + 1 if saved else None)
     writer.add_text("hyperparameters", "\n".join(["|param|value|\n|-|-|", *(f"|{k}|{v}|" for k, v in vars(args).items())]))
@@ -418,31 +441,33 @@ if __name__ == "__main__":
     state = "agent optimizer carried_tape rng global_step next_obs next_begins recurrent_state discounted return_rms".split()
     if saved:
         globals().update(saved["state"])
-        if saved["envs"]:
-            envs.envs = cloudpickle.loads(saved["envs"])
+        where = "env_id", "env_kwargs", "prev_action", "num_envs"  # other flags change no environment
+        if saved.get("envs") and all(saved["args"][name] == getattr(args, name) for name in where):
+            envs.envs, *random_states = cloudpickle.loads(saved["envs"])
+            random.setstate(random_states[0])
+            np.random.set_state(random_states[1])
         else:
-            print(f"{args.env_id} could not be saved: new episodes begin, and the run differs from one that was never stopped")
-            next_obs, next_begins, discounted = envs.reset()[0], np.ones(args.num_envs, bool), np.zeros(args.num_envs)
-            carried_tape.carry(next_begins, recurrent_state, args.max_prefix, agent)
+            print("the environments are new or could not be saved: new episodes begin, the run differs from one never stopped")
+            next_obs, _ = envs.reset(seed=int(rng.integers(2**31)))
+            next_begins, discounted = np.ones(args.num_envs, bool), np.zeros(args.num_envs)
+            recurrent_state = agent.memory.initial_state(args.num_envs)
+            carried_tape = CarriedTape(obs, recurrent_state)
     # ALGO Logic: Storage setup
     logprobs, rewards, values, bootstraps = torch.zeros(4, args.num_steps, args.num_envs, device=device)
     ended = torch.zeros(args.num_steps, args.num_envs, dtype=torch.bool, device=device)
     start_time, start_step, recent_returns = time.time(), global_step, deque(maxlen=100)
     scan = "cleanrl_memoroid's scan" if linear_scan else "this file's own scan (faster with `pip install` of cleanrl-memoroid)"
     print(f"{args.exp_name}: {args.env_id}, {args.total_timesteps:,} steps in {args.num_envs} environments, {device}, {scan}")
-    print(f"{num_iterations} rollouts of {args.num_steps} steps; {run_dir}")
+    size = f"{4e-9 * obs[0].size * (args.num_steps + args.max_prefix):.2f} GB of observations at most"
+    print(f"{num_iterations} rollouts of {args.num_steps} steps; {size}; {run_dir}")
+    stop = catch_stop_signals()  # empty until Ctrl-C or SIGTERM asks for an end
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", mininterval=0.2 if sys.stderr.isatty() else 5)
     for iteration in range(global_step // batch_size + 1, num_iterations + 1):
-        if args.checkpoint_interval and global_step % args.checkpoint_interval < batch_size:
+        due = stop or args.checkpoint_interval and global_step % args.checkpoint_interval < batch_size
+        if due:
             writer.flush()  # before the checkpoint: a resumed run logs only what comes after it
-            content = {"args": asdict(args), "state": {name: globals()[name] for name in state}, "envs": None}
-            try:
-                content["envs"] = cloudpickle.dumps(envs.envs)
-            except Exception as error:  # whatever an environment raises
-                if global_step == 0:
-                    print(f"{args.env_id} cannot be saved ({error}): --resume will begin new episodes, the run will differ")
-            save(f"{run_dir}/checkpoint.pt", content)
-
+            content = {"script": script, "args": asdict(args), "state": {name: globals()[name] for name in state}}
+            finish = checkpoint(f"{run_dir}/checkpoint.pt", content, envs)
         anneal = 1 - (iteration - 1) / num_iterations if args.anneal_lr else 1
         optimizer.param_groups[0]["lr"] = anneal * args.learning_rate
         actions = []  # [S] of [N, D]
@@ -456,7 +481,13 @@ if __name__ == "__main__":
             logprobs[step] = log_prob(policy, action)
             actions.append(action)
             # TRY NOT TO MODIFY: execute the game and log data.
-            next_obs, reward, terminations, truncations, infos = envs.step(env_actions(envs, action))
+            taken = env_actions(envs, action)
+            outcome = next_obs, reward, terminations, truncations, infos = envs.step(taken)
+            if due and step == 0:
+                finish(taken, outcome)  # the step has shown whether a copy of the environments goes on as they do
+                if stop:
+                    print(f"stopped; --resume {run_dir} goes on from step {global_step - args.num_envs:,}")
+                    sys.exit(128 + stop[0])
             next_begins = terminations | truncations
             discounted = discounted * args.gamma + reward
             return_rms.update(discounted)
@@ -497,7 +528,7 @@ if __name__ == "__main__":
                     if logprob_error is None:  # TBB: before the first update, the tape and the rollout must be one policy
                         logprob_error = logratio.abs().max().item()
 
-                if args.norm_adv:
+                if args.norm_adv and len(mb_advantages) > 1:
                     mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
 
                 # Policy loss
@@ -518,7 +549,8 @@ if __name__ == "__main__":
                 loss.backward()
                 grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm, foreach=True)
                 if not torch.isfinite(loss + grad_norm):
-                    remedy = f"--resume {run_dir} with a smaller --learning-rate goes on before it; or make rewards smaller"
+                    large = mb_returns.norm() > 1e6  # then a smaller learning rate would not help
+                    remedy = "scale rewards" if large else f"--resume {run_dir} with a smaller --learning-rate"
                     raise FloatingPointError(f"step {global_step}: loss {loss:.3g}, gradient norm {grad_norm:.3g}; {remedy}")
                 optimizer.step()
             if args.target_kl is not None and approx_kl > args.target_kl:
@@ -538,9 +570,10 @@ if __name__ == "__main__":
         bar.set_postfix(episodic_return=np.mean(recent_returns or [np.nan]), entropy=entropy_loss.item(), refresh=False)
         bar.update(global_step - bar.n)
     bar.close()
-    save(f"{run_dir}/model.pt", {"agent": agent.state_dict(), "args": asdict(args)})
+    catch_stop_signals(on=False)
+    save(f"{run_dir}/model.pt", {"script": script, "args": asdict(args), "agent": agent.state_dict()})
     print(f"trained for {global_step:,} steps, {time.time() - start_time:.1f} seconds; the model is {run_dir}/model.pt")
-    for idx, episodic_return in enumerate(evaluate(agent, eval_fns, args.seed + 10**6) if args.eval_episodes else ()):
+    for idx, episodic_return in enumerate(evaluate(agent, eval_fns, args) if args.eval_episodes else ()):
         writer.add_scalar("eval/episodic_return", episodic_return, global_step + idx)  # --resume takes it back
     envs.close()
     writer.close()

@@ -33,9 +33,15 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 try:
+    from cleanrl_memoroid.runs import catch_stop_signals, check_flags, load, new_run_dir, save
     from cleanrl_memoroid.scan import linear_scan, tune_cpu
-except ImportError:  # this file's own associative_scan then computes the same, more slowly
-    linear_scan, tune_cpu = None, lambda: None
+except ImportError:  # alone, this file computes the same, more slowly, and trusts flags, files and disks
+    linear_scan, tune_cpu, catch_stop_signals, check_flags = None, lambda: None, lambda on=True: [], lambda *_: None
+    load, new_run_dir = lambda path, *_: torch.load(path, "cpu", weights_only="model.pt" in path), "runs/{}".format
+
+    def save(path, content):  # leaves a whole file or none under this name, also when the process is killed on the way
+        torch.save(content, f"{path}.partial")
+        os.replace(f"{path}.partial", path)
 
 
 @dataclass
@@ -46,7 +52,7 @@ class Args:
     track: bool = False  # if toggled, also log to Weights and Biases (WANDB_MODE=offline needs no account)
     wandb_project_name: str = "cleanrl-memoroid"  # the project name in Weights and Biases (the team: WANDB_ENTITY)
     eval_episodes: int = 16  # number of greedy games after training and with --evaluate; 0: none (games)
-    checkpoint_interval: int = 100_000  # environment steps between checkpoints, for --resume; 0: none (steps)
+    checkpoint_interval: int = 100_000  # environment steps between checkpoints, for --resume; 0: at Ctrl-C only (steps)
     resume: str | None = None  # run directory: continue it, under its flags unless given again; it can run code: only yours
     evaluate: str | None = None  # run directory: play greedy games with its trained model, and exit
 
@@ -369,9 +375,9 @@ def gae(rewards, values, next_values, ended, gamma, gae_lambda):
     return associative_scan(operator, elems)[1].flip(0)
 
 
-def evaluate(agent, envs, seed):
+def evaluate(agent, envs, args):
     """Returns of greedy games, one in each environment: short games do not count more often than long ones. [E]"""
-    (obs, _), recurrent_state = envs.reset(seed=seed), agent.initial_state(envs.num_envs)
+    (obs, _), recurrent_state = envs.reset(seed=args.seed + 10**6), agent.initial_state(envs.num_envs)
     returns, begins, running = np.zeros(envs.num_envs), *np.ones((2, envs.num_envs), bool)
     while running.any():
         policy, _, recurrent_state = agent.step(obs, begins, recurrent_state)
@@ -379,39 +385,28 @@ def evaluate(agent, envs, seed):
         returns += rewards * running
         begins, running = terminations | truncations, running & ~infos["game_over"]
     envs.close()
-    print(f"evaluation: episodic_return={returns.mean():.4f}, the mean of {len(returns)} greedy games")
+    print(f"evaluation: episodic_return={returns.mean():.4f}, the mean of {len(returns)} greedy games of {args.env_id}")
     return returns
 
 
-def save(path, content):
-    """Leaves a whole file or none under this name, also when the process is killed on the way."""
-    torch.save(content, f"{path}.partial")
-    os.replace(f"{path}.partial", path)
-
-
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args, script = tyro.cli(Args, description=__doc__), os.path.basename(__file__)
     run_dir, saved = args.resume or args.evaluate, None
     if run_dir:
-        path = f"{run_dir}/{'checkpoint.pt' if args.resume else 'model.pt'}"
-        if not os.path.isfile(path):
-            raise ValueError(f"--{'resume' if args.resume else 'evaluate'}: expected a file {path}, got none; see `ls runs`")
-        saved = torch.load(path, map_location="cpu" if args.evaluate else None, weights_only=not args.resume)
+        path = os.path.join(run_dir, "checkpoint.pt" if args.resume else "model.pt")
+        saved = load(path, script, args)
         args = tyro.cli(Args, default=Args(**{**saved["args"], "env_kwargs": {}}))  # the run's own flags, unless given again
         args.env_kwargs = args.env_kwargs or saved["args"]["env_kwargs"]
-    least = dict.fromkeys(("num_envs", "num_steps", "num_minibatches", "update_epochs"), 1) | {"max_prefix": 0}
-    for name, low in {**least, "eval_episodes": 1 if args.evaluate else 0}.items():
-        if getattr(args, name) < low:
-            raise ValueError(f"--{name.replace('_', '-')}: expected at least {low}, got {getattr(args, name)}; raise it")
+    most = dict.fromkeys("gamma gae_lambda learning_rate".split(), 1) | {"seed": 10**9, "num_envs": args.total_timesteps}
+    zero = "seed checkpoint_interval max_prefix".split() + ["eval_episodes"] * (not args.evaluate)
+    check_flags(args, zero, most, {"seed": saved["args"]["seed"]} if args.resume else {})
     if args.num_envs % args.num_minibatches:  # a minibatch is made of whole environments
         raise ValueError(f"--num-minibatches {args.num_minibatches}: expected a divisor of --num-envs {args.num_envs}")
     batch_size = args.num_envs * args.num_steps
     if (num_iterations := args.total_timesteps // batch_size) == 0:
         raise ValueError(f"--total-timesteps {args.total_timesteps}: expected one rollout at least, {batch_size}; raise it")
     if args.cuda and not torch.cuda.is_available():
-        raise ValueError("--cuda: expected a CUDA device, PyTorch finds none; drop the flag to train on the CPU")
-    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
-    run_dir = run_dir or f"runs/{run_name}"
+        raise ValueError("--cuda: expected a CUDA device, PyTorch finds none; drop the flag, or resume with --no-cuda")
     torch.set_num_threads(int(os.getenv("OMP_NUM_THREADS", 1)))  # more are slower, unless networks are large and cores idle
     tune_cpu()
     # TRY NOT TO MODIFY: seeding
@@ -423,15 +418,22 @@ if __name__ == "__main__":
     # TBB: in the step that ends an episode, next_obs is already the first one of the next episode; infos has the final one
     envs, eval_envs = (make_env(args.env_id, number, options) for number in (args.num_envs, args.eval_episodes))
     agent = Agent(envs, args).to(device)
+    if saved:
+        saved = torch.load(path, map_location=device, weights_only=not args.resume) if args.cuda else saved
+        weights = saved["agent"] if args.evaluate else saved["state"]["agent"].state_dict()
+        if [v.shape for v in weights.values()] != [v.shape for v in agent.state_dict().values()]:
+            raise ValueError(f"--env-id {args.env_id}, or sizes of layers: not those of the network in {path}; leave them out")
+    run_dir = run_dir or new_run_dir(f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-"))
+    run_name = os.path.basename(os.path.abspath(run_dir))
     if args.evaluate:
-        agent.load_state_dict(saved["agent"])
-        evaluate(agent, eval_envs, args.seed + 10**6)
+        agent.load_state_dict(weights)
+        evaluate(agent, eval_envs, args)
         sys.exit()
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)
     if args.track:
         import wandb
 
-        run = {"name": run_name, "id": os.path.basename(run_dir), "resume": "allow", "config": vars(args)}
+        run = {"name": run_name, "id": run_name, "resume": "allow", "config": vars(args)}
         wandb.init(project=args.wandb_project_name, sync_tensorboard=True, save_code=True, **run)
     writer = SummaryWriter(run_dir, purge_step=saved["state"]["global_step"] + 1 if saved else None)
     writer.add_text("hyperparameters", "\n".join(["|param|value|\n|-|-|", *(f"|{k}|{v}|" for k, v in vars(args).items())]))
@@ -455,11 +457,16 @@ if __name__ == "__main__":
     print(f"{args.exp_name}: {args.env_id}, {args.total_timesteps:,} steps in {args.num_envs} environments, {device}, {scan}")
     gigabytes = args.num_envs * (args.num_steps + args.max_prefix) * obs[0, 0].nbytes / 1e9  # of a rollout and its prefix
     print(f"{num_iterations} rollouts of {args.num_steps} steps, frames of {gigabytes:.2f} GB at most; {run_dir}")
+    stop = catch_stop_signals()  # empty until Ctrl-C or SIGTERM asks for an end
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", mininterval=0.2 if sys.stderr.isatty() else 5)
     for iteration in range(global_step // batch_size + 1, num_iterations + 1):
-        if args.checkpoint_interval and global_step % args.checkpoint_interval < batch_size:
+        if stop or args.checkpoint_interval and global_step % args.checkpoint_interval < batch_size:
             writer.flush()  # before the checkpoint: a resumed run logs only what comes after it
-            save(f"{run_dir}/checkpoint.pt", {"args": asdict(args), "state": {name: globals()[name] for name in state}})
+            content = {"script": script, "args": asdict(args), "state": {name: globals()[name] for name in state}}
+            save(f"{run_dir}/checkpoint.pt", content)
+        if stop:
+            print(f"stopped; --resume {run_dir} goes on from step {global_step:,}")
+            sys.exit(128 + stop[0])
         anneal = 1 - (iteration - 1) / num_iterations if args.anneal_lr else 1
         optimizer.param_groups[0]["lr"] = anneal * args.learning_rate
         for step in range(args.num_steps):
@@ -508,7 +515,7 @@ if __name__ == "__main__":
                     clipfracs += [((ratio - 1.0).abs() > args.clip_coef).float().mean().item()]
                     if logprob_error is None:  # TBB: before the first update, the tape and the rollout must be one policy
                         logprob_error = logratio.abs().max().item()
-                if args.norm_adv:
+                if args.norm_adv and len(mb_advantages) > 1:
                     mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
 
                 # Policy loss
@@ -529,7 +536,8 @@ if __name__ == "__main__":
                 loss.backward()
                 grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm, foreach=True)
                 if not torch.isfinite(loss + grad_norm):
-                    remedy = f"--resume {run_dir} with a smaller --learning-rate goes on before it; or make rewards smaller"
+                    large = mb_returns.norm() > 1e6  # then a smaller learning rate would not help
+                    remedy = "scale rewards" if large else f"--resume {run_dir} with a smaller --learning-rate"
                     raise FloatingPointError(f"step {global_step}: loss {loss:.3g}, gradient norm {grad_norm:.3g}; {remedy}")
                 optimizer.step()
             if args.target_kl is not None and approx_kl > args.target_kl:
@@ -549,9 +557,10 @@ if __name__ == "__main__":
         bar.set_postfix(episodic_return=np.mean(recent_returns or [np.nan]), entropy=entropy_loss.item(), refresh=False)
         bar.update(global_step - bar.n)
     bar.close()
-    save(f"{run_dir}/model.pt", {"agent": agent.state_dict(), "args": asdict(args)})
+    catch_stop_signals(on=False)
+    save(f"{run_dir}/model.pt", {"script": script, "args": asdict(args), "agent": agent.state_dict()})
     print(f"trained for {global_step:,} steps, {time.time() - start_time:.1f} seconds; the model is {run_dir}/model.pt")
-    for idx, episodic_return in enumerate(evaluate(agent, eval_envs, args.seed + 10**6) if args.eval_episodes else ()):
+    for idx, episodic_return in enumerate(evaluate(agent, eval_envs, args) if args.eval_episodes else ()):
         writer.add_scalar("eval/episodic_return", episodic_return, global_step + idx)  # --resume takes it back
     envs.close()
     writer.close()

@@ -114,8 +114,9 @@ def collect(atari, folder, steps, limit, flags=()):
                 same = (place[1:, :2] == place[:-1, :2]).all(1) & (place[1:, 2] == place[:-1, 2] + 1)
                 assert (same | begins[1:]).all() and (place[begins, 2] == 0).all()
 
-    flags = [*flags, *"--env-id Breakout-v5 --num-envs 8 --no-clip-reward --learning-starts 1000000".split()]
-    flags += f"--total-timesteps {steps} --max-episode-steps {limit} --buffer-size {max(2_000, 8 * (limit + 1))}".split()
+    flags = [*flags, *"--env-id Breakout-v5 --num-envs 8 --no-clip-reward --train-frequency 8".split()]
+    flags += f"--total-timesteps {steps} --learning-starts {steps - 8}".split()
+    flags += f"--max-episode-steps {limit} --buffer-size {max(2_000, 8 * (limit + 1))}".split()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(atari, "FrameTape", Checked)
         patch.setattr(envpool, "make_gymnasium", lambda *args, **kwargs: Stamped(MAKE(*args, **kwargs)))
@@ -169,7 +170,8 @@ def test_a_game_that_is_over_in_the_step_of_its_time_limit_is_terminated(atari):
 @pytest.mark.parametrize("clip", ["--clip-reward", "--no-clip-reward"])
 def test_the_tape_holds_every_game_that_has_ended(tmp_path, clip):
     """Frames, rewards and endings of games that a test knows, of which the last of each environment still runs."""
-    flags = "--num-envs 3 --total-timesteps 180 --learning-starts 1000 --max-episode-steps 6 --buffer-size 500".split()
+    flags = "--num-envs 3 --total-timesteps 180 --learning-starts 178 --train-frequency 3".split()
+    flags += "--max-episode-steps 6 --buffer-size 500".split()
     space = main(SCRIPT, tmp_path, *TINY, *flags, clip, "--episodic-life", fake=True)
     found, returns, frames = {}, [], 0
     for episode in space["tape_buffer"].episodes:
@@ -271,8 +273,8 @@ def test_the_tape_holds_what_the_emulator_shows(atari, monkeypatch, tmp_path, ga
     monkeypatch.setattr(atari, "FrameTape", Recorded)
     monkeypatch.setattr(atari, "EnvPool", Watched)
     flags = [*flags.split(), *f"--env-id {game}-v5 --env-kwargs noop_max 1 use_fire_reset False".split()]
-    flags += f"--num-envs 2 --no-clip-reward --total-timesteps {steps} --max-episode-steps {limit}".split()
-    main(SCRIPT, tmp_path, *TINY, "--learning-starts", "1000000", "--buffer-size", 2 * limit + 3_000, *flags)
+    flags += f"--num-envs 2 --train-frequency 2 --no-clip-reward --total-timesteps {steps} --max-episode-steps {limit}".split()
+    main(SCRIPT, tmp_path, *TINY, "--learning-starts", steps - 2, "--buffer-size", 2 * limit + 3_000, *flags)
     assert len(ended) >= 4 and {i for i, _ in ended} == {0, 1}
     emulators, new_game, steps = [Emulator(game), Emulator(game)], [True, True], [0, 0]
     for i, (obs, _, actions, rewards, terminations, _) in ended:
@@ -305,7 +307,7 @@ def test_a_run_logs_saves_and_evaluates(finished, tmp_path, capsys):
     out = capsys.readouterr().out.splitlines()
     assert out[0] == "games run in C++ and cannot be saved: --resume will begin new ones"
     assert out[1].startswith(f"{SCRIPT}: Pong-v5, 900 steps") and out[3] == "the tape takes 0.00 GB once it is full"
-    assert out[-1].startswith("evaluation: episodic_return=") and out[-1].endswith("the mean of 4 greedy games")
+    assert out[-1].startswith("evaluation: episodic_return=") and out[-1].endswith("the mean of 4 greedy games of Pong-v5")
     logged = scalars(run_folder(tmp_path))
     names = "charts/episodic_return charts/episodic_length losses/td_loss losses/q_values charts/epsilon charts/buffer_fill"
     assert set(names.split()) <= set(logged) and len(logged["eval/episodic_return"]) == 4
@@ -369,7 +371,7 @@ def test_evaluation_plays_one_whole_game_in_each_environment(atari):
             return torch.zeros(3, 4), state
 
     envs, network = Lives(), Network()
-    assert atari.evaluate(network, envs, 1).tolist() == [1 + 2 + 3, sum(range(1, 7)), sum(range(1, 10))]
+    assert atari.evaluate(network, envs, atari.Args()).tolist() == [1 + 2 + 3, sum(range(1, 7)), sum(range(1, 10))]
     assert envs.closed and envs.over.tolist() == [3, 1, 1]
     assert np.array(network.begins).T.tolist() == [[True] * 9, [t % 2 == 0 for t in range(9)], [t % 3 == 0 for t in range(9)]]
 

@@ -99,7 +99,9 @@ def test_a_run_logs_saves_evaluates_and_resumes(tmp_path, capsys, script):
     main(script, tmp_path, *FLAGS[script], fake=script == ATARI)
     out, folder = capsys.readouterr().out.splitlines(), run_folder(tmp_path)
     assert out[0] == "games run in C++ and cannot be saved: --resume will begin new ones" and "warning" not in " ".join(out)
-    assert out[-1].startswith("evaluation: episodic_return=") and out[-1].endswith("the mean of 3 greedy games")
+    assert out[-1].startswith("evaluation: episodic_return=") and out[-1].endswith(
+        f"the mean of 3 greedy games of {out[1].split()[1][:-1]}"
+    )
     logged = scalars(folder)
     assert set(METRICS.split()) == set(logged)
     assert 0 < max(value for _, value in logged["losses/logprob_error"]) < 1e-4  # rollout and tape are one policy
@@ -184,7 +186,7 @@ def test_the_file_alone_runs(tmp_path, script):
         (ATARI, "--env-kwargs img_height 43", "--env-kwargs img_height: expected at least 44, got 43"),
         (ATARI, "--cuda", "--cuda: expected a CUDA device, PyTorch finds none; drop the flag"),
         (MULTIGPU, "--num-envs 6", "--num-envs 6: expected a multiple of 4, minibatches x processes; raise it"),
-        (MULTIGPU, "--cuda", "--cuda: expected a GPU for each process, got 0; start fewer, or drop it"),
+        (MULTIGPU, "--cuda", "--cuda: expected a GPU for each process, got 0; start fewer, or --no-cuda"),
     ],
 )
 def test_errors_say_what_to_do(tmp_path, script, flags, message):

@@ -16,6 +16,7 @@ import torch
 from scripts import (
     assert_equal_runs,
     fails,
+    in_place_of_main,
     kill_and_resume,
     last_return,
     model,
@@ -84,7 +85,9 @@ def test_a_run_logs_saves_and_evaluates(finished, script):
     (folder, out), (flags, logs, _, length, _) = finished(script), SCRIPTS[script]
     assert out[0].startswith(f"{script}: popgym-") and out[1].endswith(f"; runs/{run_folder(folder).name}")
     assert any(line.startswith("trained for 2,0") and line.endswith("/model.pt") for line in out)
-    assert re.fullmatch(r"evaluation: episodic_return=-?\d\.\d{4}, the mean of \d greedy episodes", out[-1])
+    assert re.fullmatch(
+        rf"evaluation: episodic_return=-?\d\.\d{{4}}, the mean of \d greedy episodes of {out[0].split()[1][:-1]}", out[-1]
+    )
     logged = scalars(run_folder(folder))
     assert set(logged) == set(logs.split())
     assert {value for _, value in logged["charts/episodic_length"]} == {length}
@@ -201,14 +204,18 @@ ERRORS = [  # script, flags, the message
     ("dqn_tbb_ffm", "--env-id counting_env:Counting-v0 --env-kwargs k", "SystemExit"),
     ("dqn_tbb_ffm", "--resume nowhere", "--resume: expected a file nowhere/checkpoint.pt, got none; see `ls runs`"),
     ("dqn_tbb_ffm", "--evaluate nowhere", "--evaluate: expected a file nowhere/model.pt, got none"),
-    ("dqn_tbb_ffm", "--buffer-size 20", "--buffer-size 20: an episode of 51 steps takes 52 rows; raise it"),
+    (
+        "dqn_tbb_ffm",
+        "--buffer-size 20 --batch-size 20",
+        "--buffer-size 20: an episode has not ended after so many steps; raise it",
+    ),
     ("dqn_tbb_ffm", "--num-envs 0", "--num-envs: expected at least 1, got 0"),
     ("dqn_tbb_ffm", "--batch-size 0", "--batch-size: expected at least 1, got 0"),
     ("dqn_tbb_ffm", "--train-frequency 0", "--train-frequency: expected at least 1, got 0"),
     (
         "dqn_tbb_ffm",
         "--env-id counting_env:Silent-v0 --capture-video",
-        "--capture-video: .*Silent-v0 cannot be recorded.*drop the",
+        "--env-id counting_env:Silent-v0, --env-kwargs, --capture-video: .*render_mode.*change one",
     ),
     ("dqn_sbb_ffm", "--segment-length 0", "--segment-length: expected at least 1, got 0"),
     ("dqn_sbb_ffm", "--burn-in -1", "--burn-in: expected at least 0, got -1"),
@@ -225,7 +232,7 @@ ERRORS = [  # script, flags, the message
     ("ppo_tbb_ffm", "--max-prefix -1", "--max-prefix: expected at least 0, got -1"),
     ("ppo_tbb_ffm", "--num-steps 0", "--num-steps: expected at least 1, got 0"),
     ("ppo_tbb_ffm", "--resume nowhere", "--resume: expected a file nowhere/checkpoint.pt, got none"),
-    ("ppo_tbb_lru_continuous_action", "--env-id CartPole-v1", "expected Box actions, got Discrete.*ppo_tbb_lru.py"),
+    ("ppo_tbb_lru_continuous_action", "--env-id CartPole-v1", "expected Box actions of floats, got Discrete.*ppo_tbb_lru.py"),
     ("ppo_sbb_lstm", "--max-prefix 10", "--max-prefix 10: expected 0 here; the tbb scripts carry"),
     *(
         []
@@ -247,17 +254,28 @@ def test_errors_say_what_to_do(tmp_path, capsys, script, flags, message):
 
 
 @pytest.mark.parametrize("script", ["dqn_tbb_ffm", "ppo_tbb_lru"])
-def test_a_loss_that_is_not_finite_stops_the_run_and_what_it_says_works(tmp_path, script):
-    flags = [*SCRIPTS[script].flags.split(), "--env-id", "counting_env:Counting-v0", "--env-kwargs", "reward", "1e38"]
+def test_a_loss_that_is_not_finite_stops_the_run_and_says_what_helps(tmp_path, script):
+    """Rewards so large that a smaller learning rate would not help."""
+    flags = [*SCRIPTS[script].flags.split(), "--env-id", "counting_env:Counting-v0", "--env-kwargs", "reward", "1e37"]
     flags += ["--no-norm-reward"] if "ppo" in script else ["--total-timesteps", "600"]
     found = fails(tmp_path, *flags, script=script)
-    assert re.search(
-        r"FloatingPointError: step \d+: loss (inf|nan).*--resume runs/.* with a smaller --learning-rate", found
-    ), found
+    assert re.search(r"FloatingPointError: step \d+: loss \S+, gradient norm \S+; scale rewards", found), found
     saved = saved_state(tmp_path, script)
     assert all(torch.isfinite(v).all() for v in saved["q_network" if "dqn" in script else "agent"].state_dict().values())
-    again = fails(tmp_path, "--resume", run_folder(tmp_path), "--learning-rate", "1e-9", script=script)
-    assert "FloatingPointError" in again  # it went on, and met rewards that are as large
+
+
+@pytest.mark.parametrize("script", ["dqn_tbb_ffm", "ppo_tbb_lru"])
+def test_a_run_that_has_diverged_names_the_way_back(finished, tmp_path, script):
+    """Weights that are not finite, as after too large a step."""
+    shutil.copytree(finished(script)[0] / "runs", tmp_path / "runs")
+    path = run_folder(tmp_path) / "checkpoint.pt"
+    with in_place_of_main(script):
+        saved = torch.load(path, weights_only=False)
+        network = saved["state"]["q_network" if "dqn" in script else "agent"]
+        next(network.parameters()).data[0] = torch.inf
+        torch.save(saved, path)
+    found = fails(tmp_path, "--resume", run_folder(tmp_path), "--total-timesteps", 4000, script=script)
+    assert "FloatingPointError: step" in found and f"--resume {run_folder(tmp_path)} with a smaller --learning-rate" in found
 
 
 @pytest.mark.parametrize("script", ["dqn_tbb_ffm", "ppo_tbb_ffm"])

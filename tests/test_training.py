@@ -56,7 +56,7 @@ def test_epsilon_and_the_learning_rate_fall_as_their_flags_say(tmp_path):
 
 
 def test_actions_are_random_until_learning_starts(tmp_path):
-    run(tmp_path, *DQN, *COUNTING, *"--total-timesteps 408 --start-e 0 --end-e 0 --checkpoint-interval 400".split())
+    run(tmp_path, *DQN, *COUNTING, *"--total-timesteps 420 --start-e 0 --end-e 0 --checkpoint-interval 400".split())
     actions = np.concatenate([tape.actions[:-1] for tape in saved_state(tmp_path, "dqn_tbb_ffm")["tape_buffer"].episodes])
     assert (np.bincount(actions, minlength=3) / len(actions) > 0.25).all()
 
@@ -229,7 +229,7 @@ def test_evaluation_counts_every_episode_once():
         make = [lambda length=length: Fixed(length) for length in (1, 2, 30, 40)]
         envs = gym.vector.SyncVectorEnv(make[:1])
         network = (script.QNetwork if "dqn" in name else script.Agent)(envs, script.Args(hidden_size=8, trace_size=2))
-        assert script.evaluate(network, make, 0).tolist() == [1, 2, 30, 40]
+        assert script.evaluate(network, make, script.Args()).tolist() == [1, 2, 30, 40]
 
 
 @pytest.mark.parametrize("length", [1, 7, 200])

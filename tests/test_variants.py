@@ -34,7 +34,7 @@ def test_a_variant_equals_its_parent_but_for_what_it_lists(name):
         ("    seed: int = 1 ", "    seed: int = 2 "),  # a default in Args
         ("# the name of this experiment", "# its name"),  # a help text
         ("    # env setup\n", "    # envs\n"),  # a comment
-        ("def save(path, content):", "def save(path, content=None):"),
+        ("def resettable(operator, identity):", "def resettable(operator, identity=None):"),
         ("optimizer.zero_grad()", "optimizer.zero_grad(True)"),
     ],
 )
@@ -47,7 +47,7 @@ def test_a_planted_difference_in_a_variant_or_its_parent_is_caught(tmp_path, nam
         assert "list it under Changed" in difference(tmp_path / f"{name}.py")
 
 
-SHARED = """resettable associative_scan save FFM LRU StackedLRU hippo_n S5 StackedS5 LinearAttention SegmentBuffer Sections
+SHARED = """resettable associative_scan FFM LRU StackedLRU hippo_n S5 StackedS5 LinearAttention SegmentBuffer Sections
     CarriedTape EnvPool gae td_target""".split()
 # what differs on purpose: DQN's tape holds final observations, PPO's goes on from a state, and frames are bytes
 APART = {f"{memory}.forward" for memory in "FFM LRU StackedLRU S5 StackedS5 LinearAttention".split()}

@@ -88,9 +88,14 @@ def run_folder(folder):
     return found
 
 
+def in_place_of_main(script):
+    """Checkpoints refer to the classes of the script that saved them as those of `__main__`."""
+    return _set(sys.modules, {"__main__": load_script(script)})
+
+
 def saved_state(folder, script):
-    """The variables in a run's checkpoint by name; they refer to the script's classes, which were its `__main__`."""
-    with _set(sys.modules, {"__main__": load_script(script)}):
+    """The variables in a run's checkpoint by name."""
+    with in_place_of_main(script):
         return torch.load(run_folder(folder) / "checkpoint.pt", weights_only=False)["state"]
 
 
