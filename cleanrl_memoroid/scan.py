@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 import torch.utils._pytree as pytree  # private in name, the one PyTorch itself builds on
 
-from cleanrl_memoroid import scan_torch
+from cleanrl_memoroid import scan_op, scan_torch
 from cleanrl_memoroid.attention import CHUNK, ChunkedAttention
 from cleanrl_memoroid.scan_torch import blelloch_scan
 
@@ -65,22 +65,16 @@ def linear_scan(decay, x, begins=None, h0=None, reverse=False, backend="auto"):
     Source: the memoroid of a diagonal linear recurrence, Morad et al. (2024), section 3 and eq. 12; gradient: the same scan in
         reverse, g[t] = dL/dh[t] + conj(decay[t+1]) (0 if begins[t+1] else g[t+1]).
     """
-    decay, channels = _check(decay, x, begins, h0)
-    module = _module(backend, x.device.type)
-    steps, shared = x.shape[0], x.shape[1:] != channels
-    if shared and not (getattr(module, "SHARES_X", False) and _can_share(x.shape[1:], channels)):
-        x, shared = x.expand(steps, *channels), False
-    full = x.shape if decay.dim() == x.dim() else channels
-    decay = decay if decay.shape == full else decay.expand(full)
-    h0 = h0 if h0 is None or h0.shape == channels else h0.expand(channels)
-    groups = begins.shape[1] if begins is not None and begins.dim() == 2 else 1
-    groups = channels.numel() // x[0].numel() if shared else groups
-    rows = (steps, groups, channels.numel() // groups)  # [T, N, C]
+    if backend != "ref" and scan_op.transformed(decay, x, begins, h0):
+        decay = decay if isinstance(decay, torch.Tensor) else x.new_full((), decay)
+        return scan_op.call(decay, x, begins, h0, reverse, backend)
+    decay, x, h0, rows, module = _canonical(decay, x, begins, h0, backend)
     if backend != "ref":
         return _LinearScan.apply(decay, x, begins, h0, reverse, rows, module)
     begins, h0 = (None if v is None else v.reshape(shape) for v, shape in ((begins, rows[:2]), (h0, rows[1:])))
+    channels = x.shape[1:]
     decay = decay.reshape(rows if decay.dim() == x.dim() else rows[1:])
-    return module.linear_scan(decay, x.reshape(rows), begins, h0, reverse).reshape(x.shape)
+    return module.linear_scan(decay, x.reshape(rows), begins, h0, reverse).reshape(len(x), *channels)
 
 
 def linear_attention(query, key, value, begins):
@@ -241,6 +235,31 @@ def _check(decay, x, begins, h0):
             raise _error("h0", f"a tensor of x's dtype {x.dtype}", _dtype(h0), f"convert it with h0.to({x.dtype})")
         _check_channels("h0", h0, x, channels)
     return decay, channels
+
+
+def _canonical(decay, x, begins, h0, backend):
+    """Arguments that were checked, in the shapes that backends take but for flattening: (decay, x, h0, [T, N, C], module)."""
+    decay, channels = _check(decay, x, begins, h0)
+    module = _module(backend, x.device.type)
+    steps, shared = x.shape[0], x.shape[1:] != channels
+    if shared and not (getattr(module, "SHARES_X", False) and _can_share(x.shape[1:], channels)):
+        x, shared = x.expand(steps, *channels), False
+    full = x.shape if decay.dim() == x.dim() else channels
+    decay = decay if decay.shape == full else decay.expand(full)
+    h0 = h0 if h0 is None or h0.shape == channels else h0.expand(channels)
+    groups = begins.shape[1] if begins is not None and begins.dim() == 2 else 1
+    groups = channels.numel() // x[0].numel() if shared else groups
+    return decay, x, h0, (steps, groups, channels.numel() // groups), module
+
+
+def _gradients(decay, x, begins, h0, out, grad_out, reverse, backend):
+    """Of decay, x and h0, as `_canonical` broadcasts them, for `linear_scan` outside a graph."""
+    decay, x, h0, rows, module = _canonical(decay, x, begins, h0, backend)
+    with torch.enable_grad():
+        leaves = [v if v is None else v.detach().requires_grad_() for v in (decay, x, h0)]
+        out = _LinearScan.apply(leaves[0], leaves[1], begins, leaves[2], reverse, rows, module)
+    grads = iter(torch.autograd.grad(out, [v for v in leaves if v is not None], grad_out))
+    return [v if v is None else next(grads) for v in leaves]
 
 
 def _can_share(own, channels):

@@ -401,6 +401,7 @@ if __name__ == "__main__":
         wandb.init(project=args.wandb_project_name, sync_tensorboard=True, save_code=True, **run)
     writer = SummaryWriter(run_dir, purge_step=saved["state"]["global_step"] + 1 if saved else None)
     writer.add_text("hyperparameters", "\n".join(["|param|value|\n|-|-|", *(f"|{k}|{v}|" for k, v in vars(args).items())]))
+    stop = catch_stop_signals()  # empty until Ctrl-C or SIGTERM asks for an end
     # TRY NOT TO MODIFY: start the game
     obs, _ = envs.reset(seed=args.seed)
     begins = np.ones(args.num_envs, bool)  # is obs[i] the first of its episode?
@@ -426,7 +427,6 @@ if __name__ == "__main__":
     print(f"{args.exp_name}: {args.env_id}, {args.total_timesteps:,} steps in {args.num_envs} environments, {device}, {scan}")
     size = f"{4e-9 * obs[0].size * min(args.buffer_size, 2 * args.total_timesteps):.2f} GB of observations at most"
     print(f"{args.learning_starts:,} random steps, then an update every {args.train_frequency}; {size}; {run_dir}")
-    stop = catch_stop_signals()  # empty until Ctrl-C or SIGTERM asks for an end
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", mininterval=0.2 if sys.stderr.isatty() else 5)
     while global_step < args.total_timesteps:
         due = stop or args.checkpoint_interval and global_step % args.checkpoint_interval < args.num_envs

@@ -436,6 +436,7 @@ if __name__ == "__main__":
         wandb.init(project=args.wandb_project_name, sync_tensorboard=True, save_code=True, **run)
     writer = SummaryWriter(run_dir, purge_step=saved["state"]["global_step"] + 1 if saved else None)
     writer.add_text("hyperparameters", "\n".join(["|param|value|\n|-|-|", *(f"|{k}|{v}|" for k, v in vars(args).items())]))
+    stop = catch_stop_signals()  # empty until Ctrl-C or SIGTERM asks for an end
     # TRY NOT TO MODIFY: start the game
     global_step, update, episodes = 0, 0, []
     # the variables that a checkpoint holds, pickled together, so that the optimizer keeps its hold on the network's weights
@@ -453,7 +454,6 @@ if __name__ == "__main__":
     print(f"{args.exp_name}: {args.env_id}, {args.total_timesteps:,} steps in {args.num_envs} environments, {device}, {scan}")
     print(f"random actions for {args.learning_starts:,} steps, then an update every {args.train_frequency}; {run_dir}")
     print(f"the tape takes {args.buffer_size * obs[0].nbytes / 1e9:.2f} GB once it is full")
-    stop = catch_stop_signals()  # empty until Ctrl-C or SIGTERM asks for an end
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", mininterval=0.2 if sys.stderr.isatty() else 5)
     while global_step < args.total_timesteps:
         if stop or args.checkpoint_interval and global_step % args.checkpoint_interval < args.num_envs:

@@ -462,6 +462,7 @@ if __name__ == "__main__":
         wandb.init(project=args.wandb_project_name, sync_tensorboard=True, save_code=True, **run)
     writer = SummaryWriter(run_dir, purge_step=saved["state"]["global_step"] + 1 if saved else None)
     writer.add_text("hyperparameters", "\n".join(["|param|value|\n|-|-|", *(f"|{k}|{v}|" for k, v in vars(args).items())]))
+    stop = catch_stop_signals()  # empty until Ctrl-C or SIGTERM asks for an end
     # TRY NOT TO MODIFY: start the game
     next_obs, _ = envs.reset(seed=args.seed)
     next_begins = np.ones(args.num_envs, bool)  # is next_obs[i] the first of its episode?
@@ -493,7 +494,6 @@ if __name__ == "__main__":
     print(f"{args.exp_name}: {args.env_id}, {args.total_timesteps:,} steps in {args.num_envs} environments, {device}, {scan}")
     size = f"{4e-9 * obs[0].size * (args.num_steps + args.max_prefix):.2f} GB of observations at most"
     print(f"{num_iterations} rollouts of {args.num_steps} steps; {size}; {run_dir}")
-    stop = catch_stop_signals()  # empty until Ctrl-C or SIGTERM asks for an end
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", mininterval=0.2 if sys.stderr.isatty() else 5)
     for iteration in range(global_step // batch_size + 1, num_iterations + 1):
         due = stop or args.checkpoint_interval and global_step % args.checkpoint_interval < batch_size

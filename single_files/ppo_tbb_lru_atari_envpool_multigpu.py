@@ -462,6 +462,7 @@ if __name__ == "__main__":
     if rank == 0:
         writer = SummaryWriter(run_dir, purge_step=saved["state"]["global_step"] + 1 if saved else None)
         writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
+    stop = catch_stop_signals()  # empty until Ctrl-C or SIGTERM asks for an end
     # TRY NOT TO MODIFY: start the game
     global_step = 0
     # the variables that a checkpoint holds, pickled together, so that the optimizer keeps its hold on the agent's weights
@@ -482,7 +483,6 @@ if __name__ == "__main__":
     print(f"{args.exp_name}: {args.env_id}, {args.total_timesteps:,} steps in {args.num_envs} environments, {device}, {scan}")
     gigabytes = num_envs * (args.num_steps + args.max_prefix) * obs[0, 0].nbytes / 1e9  # of a rollout and its prefix
     print(f"{num_iterations} rollouts of {args.num_steps} steps, frames of {gigabytes:.2f} GB at most; {run_dir}")
-    stop = catch_stop_signals()  # empty until Ctrl-C or SIGTERM asks for an end
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", disable=rank > 0, mininterval=5)
     for iteration in range(global_step // batch_size + 1, num_iterations + 1):
         stopping = joined(torch.tensor([len(stop)], device=device)).any()  # all processes stop after the same rollout

@@ -1,0 +1,464 @@
+"""What users bring and do: awkward environments, flags out of range, other people's files, signals, full disks.
+
+Each case is run in every family of scripts that it concerns.
+"""
+
+import errno
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import awkward_env
+import cloudpickle
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from scripts import (
+    ROOT,
+    assert_equal_runs,
+    fails,
+    in_place_of_main,
+    kill_and_resume,
+    load_script,
+    model,
+    run,
+    run_folder,
+    saved_state,
+    scalars,
+    start,
+)
+from test_scripts import FAMILIES, SCRIPTS, every_family, finished  # noqa: F401
+
+from cleanrl_memoroid import runs
+
+FINITE = [script for script in FAMILIES if "continuous" not in script]
+DQN, PPO = ([script for script in FAMILIES if kind in script] for kind in ("dqn", "ppo"))
+
+
+BOXES = "Plain Counts Constant Forgets Later Dice Endless Wrong Types Reuses Parts Wide".split()  # take `box`
+
+
+def flags(script, env, *more, **kwargs):
+    """Of a short run in an environment of awkward_env, with what its constructor is given."""
+    kwargs |= {"box": True} if "continuous" in script and env in BOXES else {}
+    given = ["--env-kwargs", *(str(word) for pair in kwargs.items() for word in pair)] if kwargs else []
+    short = "--total-timesteps 900 --learning-starts 300 --eval-episodes 2" if "dqn" in script else "--total-timesteps 768"
+    return [*SCRIPTS[script].flags.split(), "--env-id", f"awkward_env:{env}-v0", *given, *short.split(), *map(str, more)]
+
+
+def losses(folder, script):
+    return [value for _, value in scalars(run_folder(folder))["losses/td_loss" if "dqn" in script else "losses/value_loss"]]
+
+
+@pytest.fixture
+def stop_in_step(monkeypatch):
+    """stop_in_step(k, number): the process gets the signal during the k-th step of the vector environment."""
+
+    def plan(k, number=signal.SIGTERM):
+        step, calls = gym.vector.SyncVectorEnv.step, []
+
+        def counted(self, actions):
+            calls.append(0)
+            if len(calls) == k:
+                os.kill(os.getpid(), number)
+            return step(self, actions)
+
+        monkeypatch.setattr(gym.vector.SyncVectorEnv, "step", counted)
+
+    yield plan
+    runs.catch_stop_signals(on=False)
+
+
+# environments in checkpoints
+
+
+@every_family
+@pytest.mark.parametrize("env", ["Plain", "Dice"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_saves_itself_and_goes_on_exactly(tmp_path, monkeypatch, stop_in_step, script, env, number):
+    """Also where the environment draws from the global random numbers."""
+    if env == "Plain" and number == signal.SIGINT:
+        pytest.skip("one signal is enough for each")
+    (whole := tmp_path / "whole").mkdir(), (stopped := tmp_path / "stopped").mkdir()
+    run(whole, *flags(script, env), script=script)
+    interval = re.search(r"checkpoint-interval (\d+)", SCRIPTS[script].flags)[1]
+    stop_in_step(37, number)
+    out = run(stopped, *flags(script, env, "--checkpoint-interval", 0), script=script)
+    assert re.search(r"stopped; --resume runs/\S+ goes on from step \d+", out.splitlines()[-1]), out
+    assert not (run_folder(stopped) / "model.pt").exists()
+    monkeypatch.undo()
+    run(stopped, "--resume", run_folder(stopped), "--checkpoint-interval", interval, script=script)
+    assert_equal_runs(whole, stopped, script)
+
+
+@every_family
+@pytest.mark.parametrize(
+    "env, why",
+    [
+        ("Counts", "Counts is pickled by EzPickle"),
+        ("Constant", "Constant is pickled by EzPickle"),
+        ("Forgets", "a copy of environment 0 does not go on as the environment does"),
+        ("Later", "cannot pickle '_thread.lock' object"),
+    ],
+)
+def test_an_environment_that_is_not_saved_is_named_when_that_is_so_and_at_resume(tmp_path, script, env, why):
+    out = run(tmp_path, *flags(script, env), script=script)
+    said = [line for line in out.splitlines() if "cannot be saved" in line]
+    assert len(said) == 1 and why in said[0] and "--resume will begin new episodes" in said[0], out
+    with in_place_of_main(script):
+        assert torch.load(run_folder(tmp_path) / "checkpoint.pt", weights_only=False)["envs"] is None
+    resumed = run(tmp_path, "--resume", run_folder(tmp_path), script=script)
+    assert "new episodes begin" in resumed and "evaluation" in resumed and np.isfinite(losses(tmp_path, script)).all()
+
+
+def test_a_copy_is_compared_in_observation_reward_end_and_what_follows_an_end():
+    class Twin(awkward_env.Plain):
+        wrong = None
+
+        def __setstate__(self, state):
+            self.__dict__.update(state)
+            self.wrong = self.__dict__.pop("planted", None)
+
+        def step(self, action):
+            obs, reward, terminated, truncated, infos = super().step(action)
+            obs = obs + (self.wrong == "obs")
+            return obs, reward + (self.wrong == "reward"), terminated, truncated or self.wrong == "end", infos
+
+        def reset(self, *, seed=None, options=None):
+            obs, infos = super().reset(seed=seed)
+            return obs + (self.wrong == "reset"), infos
+
+    for planted, steps, unlike in [
+        (None, 9, False),
+        ("obs", 1, True),
+        ("reward", 1, True),
+        ("end", 1, True),
+        ("reset", 9, True),
+    ]:
+        envs = gym.vector.SyncVectorEnv([Twin] * 2, autoreset_mode="SameStep")
+        envs.reset(seed=0)
+        for t in range(1, 10):
+            envs.envs[1].planted = planted
+            pickled = cloudpickle.dumps((envs.envs, random.getstate(), np.random.get_state()))
+            del envs.envs[1].planted
+            actions = np.zeros(2, int)
+            outcome = envs.step(actions)
+            if t == steps:
+                assert bool(runs.unlike(envs, pickled, actions, outcome)) == unlike, planted
+                break
+
+
+# runs without an end, or without learning
+
+
+@every_family
+def test_an_evaluation_ends(tmp_path, script):
+    limit = {"max_episode_steps": 9} if "dqn" in script else {}  # without an end, DQN has no episode to learn from
+    out = run(tmp_path, *flags(script, "Endless", "--eval-episodes", 2, "--eval-max-steps", 5, **limit), script=script)
+    assert out.splitlines()[-1].endswith("2 greedy episodes of awkward_env:Endless-v0; 2 cut off by --eval-max-steps")
+
+
+@pytest.mark.parametrize("script", DQN)
+def test_a_run_that_learns_nothing_says_so_and_leaves_no_model(tmp_path, script):
+    process = start(tmp_path, *flags(script, "Endless", "--eval-max-steps", 30), script=script)
+    out, err = process.communicate()
+    assert process.returncode and "warning: no episode has ended, and before one does nothing is learned" in out
+    assert "ValueError: --total-timesteps 900: no episode had ended when an update was due" in err
+    assert not (run_folder(tmp_path) / "model.pt").exists()
+    found = fails(tmp_path, *flags(script, "Endless", "--buffer-size", 40), script=script)
+    assert "--buffer-size 40: an episode has not ended after so many steps" in found
+    (other := tmp_path / "other").mkdir()
+    found = fails(other, *flags(script, "Plain", "--learning-starts", 900), script=script)
+    assert "--learning-starts: expected at most 899, got 900" in found and not list(other.iterdir())
+
+
+# flags
+
+
+@every_family
+def test_evaluation_and_resumption_take_another_environment_or_refuse_it(finished, tmp_path, script):  # noqa: F811
+    run(tmp_path, *flags(script, "Plain"), script=script)
+    folder, box = run_folder(tmp_path), ["--env-kwargs", "box", "True"] if "continuous" in script else []
+    for what in ("--evaluate", "--resume"):
+        out = run(tmp_path, what, folder, "--env-id", "awkward_env:Dice-v0", *box, script=script)
+        assert "greedy episodes of awkward_env:Dice-v0" in out and ("new episodes begin" in out) == (what == "--resume")
+        found = fails(tmp_path, what, folder, "--env-id", "awkward_env:Counts-v0", *box, script=script)
+        assert "--env-id awkward_env:Counts-v0, or sizes of layers: not those of the network in" in found
+        assert "sizes of layers" in fails(tmp_path, what, folder, "--hidden-size", 8, script=script)
+    out = run(tmp_path, "--resume", folder, "--num-envs", 4, "--total-timesteps", 2048, script=script)
+    assert "in 4 environments" in out and "new episodes begin" in out
+    assert "--seed: a resumed run keeps 1, got 2" in fails(tmp_path, "--resume", folder, "--seed", 2, script=script)
+    for name in ("--buffer-size", "--segment-length", "--burn-in") if "sbb_s5" in script else ():
+        assert f"{name}: a resumed run keeps" in fails(tmp_path, "--resume", folder, name, 500, script=script)
+
+
+@every_family
+def test_numbers_out_of_range_name_their_flag_before_anything_starts(tmp_path, script):
+    defaults = vars(load_script(script).Args())
+    for name, value in defaults.items():
+        flag = f"--{name.replace('_', '-')}"
+        if type(value) in (int, float):
+            assert f"{flag}: expected at least" in fails(tmp_path, flag, -1, script=script)
+        if isinstance(value, float):
+            assert re.search(f"{flag}(,|:)", fails(tmp_path, flag, "nan", script=script))
+    for name in "gamma gae_lambda tau start_e end_e exploration_fraction learning_rate seed".split():
+        if name in defaults:
+            too_large = 10**9 + 1 if name == "seed" else 1.5
+            found = fails(tmp_path, f"--{name.replace('_', '-')}", too_large, script=script)
+            assert f"--{name.replace('_', '-')}: expected at most" in found
+    assert not list(tmp_path.iterdir())
+
+
+@every_family
+def test_no_episodes_are_none_after_training_and_an_error_in_an_evaluation(finished, tmp_path, script):  # noqa: F811
+    shutil.copytree(finished(script)[0] / "runs", tmp_path / "runs")
+    out = run(tmp_path, *flags(script, "Plain", "--eval-episodes", 0, "--exp-name", "x"), script=script)
+    assert "evaluation" not in out
+    (folder,) = [path for path in (tmp_path / "runs").iterdir() if "__x__" not in path.name]
+    assert "--eval-episodes: expected at least 1" in fails(tmp_path, "--evaluate", folder, "--eval-episodes", 0, script=script)
+
+
+@pytest.mark.parametrize("script", PPO)
+def test_a_minibatch_of_one_row_trains(tmp_path, script):
+    more = "--num-envs 4 --num-steps 1 --num-minibatches 4 --total-timesteps 64".split()
+    run(tmp_path, *flags(script, "Plain", *more), script=script)
+    assert np.isfinite(losses(tmp_path, script)).all()
+    assert all(torch.isfinite(v).all() for v in model(tmp_path).values())
+
+
+# files
+
+
+@pytest.mark.parametrize("script", FAMILIES)
+@pytest.mark.parametrize("what, file", [("--resume", "checkpoint.pt"), ("--evaluate", "model.pt")])
+def test_another_script_s_run_is_refused_by_name_and_left_alone(finished, tmp_path, script, what, file):  # noqa: F811
+    other = FAMILIES[FAMILIES.index(script) - 1]
+    shutil.copytree(finished(other)[0] / "runs", tmp_path / "runs")
+    before = {path.name: path.read_bytes() for path in run_folder(tmp_path).iterdir()}
+    found = fails(tmp_path, what, run_folder(tmp_path), script=script)
+    assert re.search(rf"ValueError: {what}: \S+/{file} is of {other}.py, expected one of {script}.py; use that script", found)
+    assert {path.name: path.read_bytes() for path in run_folder(tmp_path).iterdir()} == before
+
+
+@every_family
+@pytest.mark.parametrize("harm", ["empty", "half", "flipped", "text"])
+def test_a_damaged_file_is_named(finished, tmp_path, script, harm):  # noqa: F811
+    shutil.copytree(finished(script)[0] / "runs", tmp_path / "runs")
+    for what, file in (("--resume", "checkpoint.pt"), ("--evaluate", "model.pt")):
+        path = run_folder(tmp_path) / file
+        whole = path.read_bytes()
+        at = whole.index(b"data/0") + 200  # in a tensor
+        flipped = whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :]
+        path.write_bytes({"empty": b"", "half": whole[: len(whole) // 2], "flipped": flipped, "text": b"no"}[harm])
+        found = fails(tmp_path, what, run_folder(tmp_path), script=script)
+        assert re.search(rf"ValueError: {what}: expected a file \S+{file}, got one that cannot be read", found), found
+
+
+def test_a_run_of_another_version_goes_on_with_a_line(finished, tmp_path):  # noqa: F811
+    script = "dqn_tbb_ffm"
+    shutil.copytree(finished(script)[0] / "runs", tmp_path / "runs")
+    path = run_folder(tmp_path) / "checkpoint.pt"
+    with in_place_of_main(script):
+        saved = torch.load(path, weights_only=False)
+        saved["args"] = {"gone": 5, **{name: value for name, value in saved["args"].items() if name != "eval_max_steps"}}
+        torch.save(saved, path)
+    out = run(tmp_path, "--resume", run_folder(tmp_path), script=script)
+    assert "has no --gone; 5 is dropped" in out and "without --eval-max-steps, which is 10000 now" in out
+    assert "evaluation" in out
+    del saved["script"]
+    with in_place_of_main(script):
+        torch.save(saved, path)
+    assert "is of an older version" in fails(tmp_path, "--resume", run_folder(tmp_path), script=script)
+
+
+@every_family
+def test_a_run_lives_in_the_folder_that_was_given(finished, tmp_path, script):  # noqa: F811
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copytree(run_folder(finished(script)[0]), tmp_path / "elsewhere" / "my run: (2)")
+    (tmp_path / "here").mkdir()
+    folder = f"{tmp_path}/elsewhere/my run: (2)/"
+    more = ["--total-timesteps", 2300]
+    out = run(tmp_path / "here", "--resume", folder, *more, script=script)
+    assert f"; {folder}" in out and not list((tmp_path / "here").iterdir())
+    out = run(tmp_path / "here", "--evaluate", folder, "--exp-name", "other", script=script)
+    assert "evaluation" in out and not list((tmp_path / "here").iterdir())
+
+
+def test_two_runs_of_one_second_have_two_folders(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 1e9)
+    monkeypatch.setattr(gym.vector.SyncVectorEnv, "step", lambda *_: exec("raise KeyError('stop')"))
+    for _ in range(3):
+        assert "stop" in fails(tmp_path, *flags("dqn_tbb_ffm", "Plain"))
+    names = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert names == [f"awkward_env-Plain-v0__dqn_tbb_ffm__1__1000000000{end}" for end in ("", "-2", "-3")]
+
+
+@every_family
+@pytest.mark.parametrize("name", ["sweep/lr3", "a:b?c *d\\e", "x" * 300, "../../out"])
+def test_any_name_of_an_experiment_becomes_a_folder(tmp_path, script, name):
+    run(tmp_path, *flags(script, "Plain", "--exp-name", name), script=script)
+    folder = run_folder(tmp_path)
+    assert (folder / "model.pt").exists() and re.fullmatch(r"[\w.=+-]+", folder.name)
+    assert os.listdir(tmp_path) == ["runs"]
+
+
+@every_family
+def test_a_full_disk_is_named_with_the_remedy(tmp_path, monkeypatch, script):
+    fsync, calls = os.fsync, []
+
+    def full(file):
+        calls.append(0)
+        if len(calls) > 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return fsync(file)
+
+    monkeypatch.setattr(os, "fsync", full)
+    found = fails(tmp_path, *flags(script, "Plain"), script=script)
+    assert re.search(r"OSError: runs/\S+/checkpoint.pt: .*No space left on device; make room .*--resume runs/", found), found
+    assert not list(tmp_path.glob("runs/*/*.partial")) and saved_state(tmp_path, script)["global_step"] > 0
+    monkeypatch.undo()
+    assert "evaluation" in run(tmp_path, "--resume", run_folder(tmp_path), script=script)  # from the checkpoint before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@every_family
+def test_a_run_of_a_gpu_goes_on_without_one(finished, tmp_path, script):  # noqa: F811
+    shutil.copytree(finished(script)[0] / "runs", tmp_path / "runs")
+    for file, what in (("checkpoint.pt", "--resume"), ("model.pt", "--evaluate")):
+        path = run_folder(tmp_path) / file
+        with in_place_of_main(script):
+            saved = torch.load(path, weights_only=False)
+            saved["args"]["cuda"] = True
+            torch.save(saved, path)
+        found = fails(tmp_path, what, run_folder(tmp_path), script=script)
+        assert "--cuda: expected a CUDA device, PyTorch finds none; drop the flag, or resume with --no-cuda" in found
+        assert "evaluation" in run(tmp_path, what, run_folder(tmp_path), "--no-cuda", script=script)
+
+
+# what environments return
+
+
+@every_family
+@pytest.mark.parametrize(
+    "what",
+    ["obs nan", "obs inf", "obs 1e39", "obs None", "shape 3", "reward nan", "reward -inf", "reward None", "reward text"],
+)
+def test_what_is_no_finite_number_is_named_where_it_comes_in(tmp_path, script, what):
+    given = flags(script, "Wrong", "--num-envs", 8, "--total-timesteps", 4000, what=what)
+    found = fails(tmp_path, *given, script=script)
+    kind = "reward" if "reward" in what else "observation"
+    where = rf"ValueError: --env-id Wrong-v0: environment 0, step 100: expected .*{kind}.*, got .*(correct|wrap)"
+    assert re.search(where, found, re.DOTALL), found
+    saved = saved_state(tmp_path, script)
+    network = saved["q_network" if "dqn" in script else "agent"]
+    assert all(torch.isfinite(v).all() for v in network.state_dict().values())
+
+
+@every_family
+@pytest.mark.parametrize("env", ["Types", "Reuses", "Parts"])
+def test_what_an_environment_may_return_trains(tmp_path, script, env):
+    run(tmp_path, *flags(script, env), script=script)
+    logged = scalars(run_folder(tmp_path))
+    assert np.isfinite(losses(tmp_path, script)).all()
+    assert {value for _, value in logged["charts/episodic_return"]} == {9.0}
+
+
+@pytest.mark.parametrize("script", DQN)
+def test_a_final_observation_stays_what_it_was(tmp_path, script):
+    """Also in an environment that writes all its observations into one array."""
+    run(tmp_path, *flags(script, "Reuses"), script=script)
+    for tape in saved_state(tmp_path, script)["tape_buffer"].episodes:
+        assert tape.obs[:, 0].tolist() == list(range(10))
+
+
+@every_family
+def test_a_constructor_without_render_mode(tmp_path, script):
+    env = "BareBox" if "continuous" in script else "Bare"
+    run(tmp_path, *flags(script, env), script=script)
+    assert np.isfinite(losses(tmp_path, script)).all()
+    (other := tmp_path / "other").mkdir()
+    found = fails(other, *flags(script, env, "--capture-video"), script=script)
+    assert re.search(rf"ValueError: --env-id awkward_env:{env}-v0, --env-kwargs, --capture-video: .*render_mode", found), found
+
+
+@every_family
+def test_what_env_kwargs_say_of_rendering_holds(tmp_path, script):
+    run(tmp_path, *flags(script, "Plain", render_mode="rgb_array"), script=script)
+    found = fails(tmp_path, *flags(script, "Plain", nonsense=1), script=script)
+    assert "ValueError: --env-id awkward_env:Plain-v0, --env-kwargs" in found and "nonsense" in found
+    found = fails(tmp_path, *SCRIPTS[script].flags.split(), "--env-id", "Nothing-v0", script=script)
+    assert "ValueError: --env-id Nothing-v0, --env-kwargs, --capture-video: Environment `Nothing` doesn't exist" in found
+
+
+@every_family
+def test_spaces_that_a_script_cannot_take(tmp_path, script):
+    if "dqn" in script:
+        expected = {"Matrix": "expected Discrete actions", "Whole": "expected Discrete actions"}
+    elif "continuous" in script:
+        expected = {"Matrix": "expected Box actions of floats", "Whole": "expected Box actions of floats"}
+    else:
+        expected = {"Matrix": "expected finite actions", "Whole": "expected finite actions"}
+    for env, message in {**expected, "Texts": "or make_env"}.items():
+        assert message in (found := fails(tmp_path, *flags(script, env), script=script)), found
+        assert found.startswith("ValueError: --env-id")
+    assert not list(tmp_path.iterdir())
+
+
+def test_actions_reach_all_of_their_bounds(tmp_path, monkeypatch):
+    monkeypatch.setattr(awkward_env.Far, "seen", [])
+    run(tmp_path, *flags("ppo_tbb_lru_continuous_action", "Far"), script="ppo_tbb_lru_continuous_action")
+    seen = np.array(awkward_env.Far.seen)
+    assert (seen.min(0)[:2] >= (0, 100)).all() and (seen.max(0) <= (1, 200, 5)).all()
+    assert (np.quantile(seen, 0.1, axis=0)[:2] < (0.4, 140)).all() and (np.quantile(seen, 0.9, axis=0)[:2] > (0.6, 160)).all()
+    assert len(np.unique(seen[:, 1])) > 100 and np.abs(seen[:, 2]).mean() < 2  # no bound below: it stays as it is
+
+
+@every_family
+def test_the_size_of_a_large_tape_is_said_at_the_start(tmp_path, stop_in_step, script):
+    more = ["--buffer-size", 400] if "dqn" in script else ["--max-prefix", 0]
+    stop_in_step(1)
+    out = run(tmp_path, *flags(script, "Wide", *more, "--hidden-size", 2), script=script)
+    assert f"{0.4 if 'dqn' in script else 0.13:.2f} GB of observations at most; runs/" in out.splitlines()[1]
+
+
+@pytest.mark.parametrize("script", ["dqn_tbb_ffm", "ppo_tbb_lru"])
+def test_a_module_in_the_working_directory_is_found(tmp_path, script):
+    shutil.copy(ROOT / "tests" / "helpers" / "awkward_env.py", tmp_path / "my_module.py")
+    given = [flag.replace("awkward_env", "my_module") for flag in flags(script, "Plain")]
+    process = start(tmp_path, *given, script=script, paths=())
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+
+
+# a process's life
+
+
+@pytest.mark.parametrize("script", ["dqn_tbb_ffm", "ppo_tbb_lru"])
+def test_a_closed_pipe_does_not_end_training(tmp_path, script):
+    path = ROOT / "single_files" / f"{script}.py"
+    given = " ".join(SCRIPTS[script].flags.split())
+    command = f"set -o pipefail; {sys.executable} -u {path} {given} 2>&1 | head -1"
+    subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True, capture_output=True)
+    assert (run_folder(tmp_path) / "model.pt").exists()
+    assert len(scalars(run_folder(tmp_path))["eval/episodic_return"]) > 2  # to the very end
+
+
+@pytest.mark.slow
+@every_family
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_run_on_global_random_numbers_goes_on_exactly_from_any_moment(tmp_path, script, number):
+    (whole := tmp_path / "whole").mkdir()
+    given = flags(script, "Dice", "--total-timesteps", 4096)
+    run(whole, *given, script=script)
+    kills = 0
+    while kills < 20:
+        folder = tmp_path / str(kills)
+        folder.mkdir()
+        kills += kill_and_resume(whole, folder, given, [(1, 4), (1, 4)], script, stop=number)
+    print(f"{script}: equal after {kills} of {kills} signals {number.name}")
