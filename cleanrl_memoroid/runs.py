@@ -182,9 +182,9 @@ def check_flags(args, zero, most, saved):
     """Raises ValueError on the first flag that is out of its range, and names it.
 
     Args:
-        args: a dataclass. Its whole numbers are at least 1, its other numbers at least 0.
+        args: a dataclass. Its whole numbers are at least 1, its other numbers from 0 to a million, so finite.
         zero: the names of those whole numbers that may be 0.
-        most: {name: the largest value}, where there is one.
+        most: {name: the largest value}, where it is another.
         saved: {name: value} of a run that is resumed, else {}: those of `KEPT` cannot change.
     """
     for name, value in vars(args).items():
@@ -193,11 +193,12 @@ def check_flags(args, zero, most, saved):
             raise ValueError(f"{flag}: a resumed run keeps {saved[name]}, got {value}; leave it out, or start a new run")
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
-        least, largest = int(isinstance(value, int) and name not in zero), most.get(name, np.inf)
+        least = int(isinstance(value, int) and name not in zero)
+        largest = most.get(name, np.inf if isinstance(value, int) or name == "max_grad_norm" else 1e6)
         if not value >= least:
             raise ValueError(f"{flag}: expected at least {least}, got {value}; raise it")
         if value > largest:
-            raise ValueError(f"{flag}: expected at most {largest}, got {value}; lower it")
+            raise ValueError(f"{flag}: expected at most {largest:,}, got {value}; lower it")
 
 
 def new_run_dir(name):

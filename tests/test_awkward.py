@@ -462,3 +462,48 @@ def test_a_run_on_global_random_numbers_goes_on_exactly_from_any_moment(tmp_path
         folder.mkdir()
         kills += kill_and_resume(whole, folder, given, [(1, 4), (1, 4)], script, stop=number)
     print(f"{script}: equal after {kills} of {kills} signals {number.name}")
+
+
+ENVIRONMENTS = [
+    f"awkward_env:{env}-v0" for env in "Plain Dice Counts Types Reuses Parts Bare Endless Matrix Whole Far Texts".split()
+]
+ENVIRONMENTS += "CartPole-v1 Pendulum-v1 popgym-RepeatFirstEasy-v0 popgym-PositionOnlyPendulumEasy-v0 Nothing-v0 x:y".split()
+WORDS = ["mine", "a/b: c?", "", "x" * 300, "runs"]
+INTEGERS, FLOATS = [-5, -1, 0, 1, 2, 3, 7, 16, 64, 1000], [-1.0, 0.0, 1e-3, 0.5, 1.0, 2.0, 1e30, "nan", "inf"]
+
+
+def command_line(rng, others):
+    """A script, and flags of a short run with one to four others at random. `others`: folders of runs."""
+    script = rng.choice(list(SCRIPTS))
+    args = load_script(script).Args()
+    given = flags(script, "Plain", "--total-timesteps", 600)
+    for name in rng.sample(list(vars(args)), rng.randint(1, 4)):
+        flag, value = f"--{name.replace('_', '-')}", getattr(args, name)
+        if isinstance(value, bool):
+            given += [flag if rng.random() < 0.5 else f"--no-{flag[2:]}"]
+        elif name == "env_kwargs":
+            given += [flag, *rng.choice([["box", "True"], ["nonsense", "1"], ["render_mode", "rgb_array"], []])]
+        elif isinstance(value, int):
+            given += [flag, rng.choice(INTEGERS[:-1] if name in ("update_epochs", "num_layers") else INTEGERS)]
+        elif isinstance(value, float) or name == "target_kl":
+            given += [flag, rng.choice(FLOATS)]
+        else:
+            pool = {"env_id": ENVIRONMENTS, "resume": others, "evaluate": others}.get(name, WORDS)
+            given += [flag, rng.choice(pool)]
+    return script, [str(flag) for flag in given]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("seed", range(300))
+def test_a_random_command_line_trains_or_names_a_flag(finished, tmp_path, monkeypatch, seed):  # noqa: F811
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    others = ["nowhere", *(run_folder(finished(script)[0]) for script in ("dqn_tbb_ffm", "ppo_tbb_lru"))]
+    folders = [shutil.copytree(path, tmp_path / "other" / path.name) if path != "nowhere" else path for path in others]
+    script, given = command_line(random.Random(seed), folders)
+    began = time.time()
+    try:
+        run(tmp_path, *given, script=script)
+    except ValueError as error:
+        assert re.search("--[a-z]", str(error)), (script, given, error)
+    assert time.time() - began < 20, (script, given)
