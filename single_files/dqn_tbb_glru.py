@@ -6,9 +6,9 @@
 """Double dueling DQN with gated Linear Recurrent Units (LRU), trained on a tape of whole episodes.
 
     python single_files/dqn_tbb_glru.py                              # a memory task, on a CPU
-    python single_files/dqn_tbb_lru.py --env-id CartPole-v1          # any vector observation with discrete actions
-    python single_files/dqn_tbb_lru.py --resume runs/RUN             # continue a killed run exactly
-    python single_files/dqn_tbb_lru.py --evaluate runs/RUN           # greedy episodes with the trained model
+    python single_files/dqn_tbb_glru.py --env-id CartPole-v1         # any vector observation with discrete actions
+    python single_files/dqn_tbb_glru.py --resume runs/RUN            # continue a killed run exactly
+    python single_files/dqn_tbb_glru.py --evaluate runs/RUN          # greedy episodes with the trained model
 
 Copy this file into your project and edit it: the import from cleanrl_memoroid is optional and only makes it faster.
 Shapes: T rows of a tape, B transitions on it, N environments, O observation, A actions, H width, P complex numbers of a layer;

@@ -5,12 +5,12 @@
 """Double dueling DQN with minGRU, trained on a tape of whole episodes.
 
     python single_files/dqn_tbb_mingru.py                            # a memory task, on a CPU
-    python single_files/dqn_tbb_ffm.py --env-id CartPole-v1          # any vector observation with discrete actions
-    python single_files/dqn_tbb_ffm.py --resume runs/RUN             # continue a killed run exactly
-    python single_files/dqn_tbb_ffm.py --evaluate runs/RUN           # greedy episodes with the trained model
+    python single_files/dqn_tbb_mingru.py --env-id CartPole-v1       # any vector observation with discrete actions
+    python single_files/dqn_tbb_mingru.py --resume runs/RUN          # continue a killed run exactly
+    python single_files/dqn_tbb_mingru.py --evaluate runs/RUN        # greedy episodes with the trained model
 
 Copy this file into your project and edit it: the import from cleanrl_memoroid is optional and only makes it faster.
-Shapes: T rows of a tape, B transitions on it, N environments, O observation, A actions, H width, M traces, C contexts;
+Shapes: T rows of a tape, B transitions on it, N environments, O observation, A actions, H width;
 time comes first. Does not include: n-step returns, prioritised replay, continuous actions, images, frame stacking.
 """
 

@@ -6,9 +6,9 @@
 """PPO with gated Linear Recurrent Units (LRU), trained on a tape that carries running episodes from rollout to rollout.
 
     python single_files/ppo_tbb_glru.py                              # a memory task, on a CPU
-    python single_files/ppo_tbb_lru.py --env-id CartPole-v1          # any vector observation with finite actions
-    python single_files/ppo_tbb_lru.py --resume runs/RUN             # continue a killed run exactly
-    python single_files/ppo_tbb_lru.py --evaluate runs/RUN           # greedy episodes with the trained model
+    python single_files/ppo_tbb_glru.py --env-id CartPole-v1         # any vector observation with finite actions
+    python single_files/ppo_tbb_glru.py --resume runs/RUN            # continue a killed run exactly
+    python single_files/ppo_tbb_glru.py --evaluate runs/RUN          # greedy episodes with the trained model
 
 Copy this file into your project and edit it: the import from cleanrl_memoroid is optional and only makes it faster.
 Shapes: S steps of a rollout, N environments, E of them in a minibatch, T rows of a tape, B of them with a loss; O observation,
@@ -256,7 +256,7 @@ class GatedLRU(nn.Module):
     def forward(self, tape, obs):
         """TBB: all sections of a tape at once: the Markov states at its rows with a loss, and the memory after each section.
 
-        A section goes on from its `state`, faded by a step, unless an episode begins there. [T, H] -> [B, O], [E, ...]
+        A section goes on from its `state`, faded by a step, unless an episode begins there. [T, H] -> [B, H], [E, ...]
         """
         a, x, lifted = self.lift(obs)
         fresh = tape.begins[tape.starts]

@@ -5,9 +5,9 @@
 """PPO with minGRU, trained on a tape that carries running episodes from rollout to rollout.
 
     python single_files/ppo_tbb_mingru.py                            # a memory task, on a CPU
-    python single_files/ppo_tbb_ffm.py --env-id CartPole-v1          # any vector observation with finite actions
-    python single_files/ppo_tbb_ffm.py --resume runs/RUN             # continue a killed run exactly
-    python single_files/ppo_tbb_ffm.py --evaluate runs/RUN           # greedy episodes with the trained model
+    python single_files/ppo_tbb_mingru.py --env-id CartPole-v1       # any vector observation with finite actions
+    python single_files/ppo_tbb_mingru.py --resume runs/RUN          # continue a killed run exactly
+    python single_files/ppo_tbb_mingru.py --evaluate runs/RUN        # greedy episodes with the trained model
 
 Copy this file into your project and edit it: the import from cleanrl_memoroid is optional and only makes it faster.
 Shapes: S steps of a rollout, N environments, E of them in a minibatch, T rows of a tape, B of them with a loss; O observation,
