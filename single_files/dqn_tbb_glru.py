@@ -159,13 +159,13 @@ class GatedLRU(nn.Module):
     def lift(self, obs):
         """What a step multiplies the memory by, what it adds, what the readout needs. [T, H] -> 2 x [T, P] c64, 2 x [T, H]
 
-        a = lambda ** r, where |lambda| = exp(-exp(nu)) and its angle is exp(theta). The step adds sqrt(1 - |a|^2) i (B LN(o)):
-        the factor keeps the memory's variance at one.
+        |a| = |lambda| ** r, where |lambda| = exp(-exp(nu)), and the angle is exp(theta) whatever r is. The step adds
+        sqrt(1 - |a|^2) i (B LN(o)): the factor keeps the memory's variance at one.
         """
         normed = self.norm(obs)
         r, i = torch.sigmoid(self.gates(normed)).chunk(2, dim=-1)
-        fade, turn = torch.expm1(-self.nu.exp() * r), self.theta.exp() * r  # fade = |a| - 1, exact where |a| is close to one
-        a = torch.complex((1 + fade) * turn.cos(), (1 + fade) * turn.sin())  # torch.polar and complex exp take twice as long
+        fade = torch.expm1(-self.nu.exp() * r)  # |a| - 1, exact where |a| is close to one
+        a = (1 + fade) * torch.exp(1j * self.theta.exp())
         x = torch.view_as_complex((normed @ self.B).unflatten(-1, (-1, 2)))
         scale = torch.sqrt(1e-8 - fade * (2 + fade))  # 1 - |a|^2; not zero, where the slope of the root is infinite
         return a, x * (scale * i), (normed, obs)

@@ -76,7 +76,7 @@ def lru(p, obs, begins):
 
 
 def gated_lru(p, obs, begins):
-    """a[t] = lambda ** r[t], h[t] = a[t] h[t-1] + sqrt(1 - |a[t]|^2) i[t] B u[t], y = Re(C h) + D u: docs/glru.md."""
+    """h[t] = a[t] h[t-1] + sqrt(1 - |a[t]|^2) i[t] B u[t], where |a[t]| = |lambda| ** r[t]; y = Re(C h) + D u: docs/glru.md"""
     eigenvalue = torch.exp(torch.complex(-torch.exp(p["nu"]), torch.exp(p["theta"])))
     b = torch.complex(p["B"][:, 0::2], p["B"][:, 1::2]).T  # [P, H]
     c = torch.complex(p["C"][:, 0::2], -p["C"][:, 1::2])  # [H, P]
@@ -85,7 +85,7 @@ def gated_lru(p, obs, begins):
     for o, begin in zip(obs, begins):
         u = normalised(o) * p["norm.weight"] + p["norm.bias"]
         r, i = torch.sigmoid(w_r @ u + b_r), torch.sigmoid(w_i @ u + b_i)
-        a = torch.exp(r * torch.complex(-torch.exp(p["nu"]), torch.exp(p["theta"])))
+        a = torch.exp(torch.complex(-r * torch.exp(p["nu"]), torch.exp(p["theta"])))
         state = a * before(state, begin) + torch.sqrt(1 - a.abs() ** 2) * i * (b @ u.to(b.dtype))
         out.append(block((c @ state).real + p["D"] * u, o, p))
     return torch.stack(out)
