@@ -189,7 +189,7 @@ def backward(decay, h, begins, h0, grad_h, reverse, need_decay_grad, shared=Fals
     rows, double = h.numpy(), _DOUBLE[h.numpy().dtype]
     a, state = np.conj(_decay_rows(decay, double)), np.zeros(rows.shape[1:], double)
     first = np.zeros(state.shape, rows.dtype) if h0 is None else h0.numpy()
-    grad_decay = np.zeros(a.shape if need_decay_grad else (1, 1, 1), double)
+    grad_decay = np.zeros(a.shape if need_decay_grad else (1, 1, 1), a.dtype)  # in double, if it sums over the rows
     g = np.empty((1, *state.shape), rows.dtype) if shared else grad_x.numpy()
     grads = grad_h.numpy(), state, grad_decay, g, grad_x.numpy()
     _backward(a, rows, _flags(begins), first, *grads, need_decay_grad, reverse)

@@ -12,12 +12,16 @@ MEMORIES = {  # the script, the class, its arguments
     "FFM": ("dqn_tbb_ffm", "FFM", (6, 5, 3, 4)),  # inputs, outputs, traces, contexts
     "LRU": ("dqn_tbb_lru", "LRU", (6, 4, 0.0, 1.0)),  # width, state, r_min, r_max
     "StackedLRU": ("dqn_tbb_lru", "StackedLRU", (6, 2, 4, 0.0, 1.0)),  # width, layers, and so on
+    "GatedLRU": ("dqn_tbb_glru", "GatedLRU", (6, 4, 0.0, 1.0)),
+    "StackedGatedLRU": ("dqn_tbb_glru", "StackedGatedLRU", (6, 2, 4, 0.0, 1.0)),
+    "MinGRU": ("dqn_tbb_mingru", "MinGRU", (6, 5)),  # inputs, outputs
     "S5": ("dqn_tbb_s5", "S5", (6, 4, 0.001, 0.1)),  # width, state, dt_min, dt_max
     "StackedS5": ("dqn_tbb_s5", "StackedS5", (6, 2, 4, 0.001, 0.1)),
     "LinearAttention": ("dqn_tbb_linattn", "LinearAttention", (6, 5, 3, 4)),  # inputs, outputs, keys, values
 }
 DIAGONAL = ["FFM", "LRU", "S5"]  # one layer that fades and turns; what is said of it holds for its stack
-ALGEBRAS = [*DIAGONAL, "LinearAttention"]
+GATED = ["GatedLRU", "MinGRU"]  # one layer that fades as its input says
+ALGEBRAS = [*DIAGONAL, *GATED, "LinearAttention"]
 BEGINS = [0, 1, 4, 5, 11]  # episodes of 1, 3, 1, 6 and 9 steps on a tape of 20
 LONG_BEGINS = [0, 1, 4, 5, 11, 30, 70, 97]  # on a tape of 100, of which the package makes chunks of 32
 LENGTHS = [1, 2, 3, 20, 31, 32, 33, 64, 65, 1000]
@@ -88,7 +92,8 @@ def only(names):
 def initial_state(memory, num_envs):
     if hasattr(memory, "initial_state"):
         return memory.initial_state(num_envs)
-    return torch.zeros(num_envs, *memory.decay().shape, dtype=torch.complex64)  # a layer of a stack has none of its own
+    size = memory.nu.shape if hasattr(memory, "nu") else memory.decay().shape  # a layer of a stack has none of its own
+    return torch.zeros(num_envs, *size, dtype=torch.complex64)
 
 
 def element(memory, steps, seed=0):
@@ -99,7 +104,8 @@ def element(memory, steps, seed=0):
         return torch.randn(steps, 4, 3, dtype=torch.complex64, **random), steps_covered
     if hasattr(memory, "attend"):
         return (torch.randn(steps, 3, 5, **random),)
-    return tuple(torch.randn(steps, 4, dtype=torch.complex64, **random) for _ in range(2))
+    dtype = torch.complex64 if hasattr(memory, "C") else torch.float32
+    return tuple(torch.randn(steps, 4, dtype=dtype, **random) for _ in range(2))
 
 
 def state_of(memory, element):
@@ -129,7 +135,7 @@ def test_operator_is_associative_and_has_an_identity(memory, identity):
     torch.testing.assert_close(op(a, identity), a)
 
 
-@only(DIAGONAL)
+@only([*DIAGONAL, *GATED])
 def test_operator_is_not_commutative(memory):
     """So that the other tests test order."""
     a, b = (element(memory, 50, seed=s) for s in range(2))
@@ -271,6 +277,8 @@ def test_first_observation_reaches_the_end_of_a_long_episode(memory, road):
                 layer.nu.fill_(torch.tensor(0.0005).log())  # fades to e^-1 over the 2,000 steps
             elif hasattr(layer, "log_step"):
                 layer.log_step.fill_(torch.tensor(0.001).log())
+            elif type(layer).__name__ == "MinGRU":
+                layer.inputs.bias[:5] = -8  # z
     obs = torch.randn(2000, 6, requires_grad=True)
     out = memory(obs, begins_at([0], 2000))[-1]
     (grad,) = torch.autograd.grad(out @ torch.randn(out.shape), obs)
@@ -284,6 +292,45 @@ def test_decay_is_what_the_operator_multiplies_earlier_memory_by(memory):
     one = (nothing, torch.ones(5)) if hasattr(memory, "alpha") else (decay.expand_as(nothing), nothing)  # a step without input
     torch.testing.assert_close(state_of(memory, memory.operator(earlier, one)), state_of(memory, earlier) * decay)
     assert memory.decay().dtype == torch.complex128 and (memory.decay().abs() <= 1).all()
+
+
+@only(GATED)
+def test_a_gated_step_is_the_operator_with_what_its_input_says(memory):
+    obs, state = torch.randn(5, 6), torch.randn_like(initial_state(memory, 5))
+    decay, x, *_ = memory.lift(obs)
+    _, after = memory.step(obs, torch.zeros(5, dtype=torch.bool), state)
+    torch.testing.assert_close(after, memory.operator((torch.ones_like(state), state), (decay, x))[1])
+    assert (decay.abs() <= 1).all() and decay.abs().std() > 0.01
+
+
+def gated(r, i, state_size=6):
+    """A GatedLRU whose gates stand at the logits `r` and `i` whatever it sees, as lift gives it; and its lambda."""
+    memory = load_script("dqn_tbb_glru").GatedLRU(6, state_size, 0.5, 0.99)
+    with torch.no_grad():
+        memory.gates.weight.zero_()
+        memory.gates.bias[:state_size], memory.gates.bias[state_size:] = r, i
+    a, x, (normed, _) = memory.lift(torch.randn(5, 6, requires_grad=True))
+    unit = torch.view_as_complex((normed @ memory.B).unflatten(-1, (-1, 2)))
+    eigenvalue = torch.exp(torch.complex(-memory.nu.exp(), memory.theta.exp()))
+    return memory, a, x, unit, eigenvalue.expand_as(a)
+
+
+@pytest.mark.parametrize("r", [50.0, 2.0, 0.0, -4.0])
+def test_the_gated_lru_keeps_its_variance_whatever_its_gate_says(r):
+    memory, a, x, unit, eigenvalue = gated(r, i=50.0)
+    torch.testing.assert_close(a.abs(), eigenvalue.abs() ** torch.sigmoid(torch.tensor(r)))
+    torch.testing.assert_close((x / unit).abs() ** 2 + a.abs() ** 2, torch.ones_like(a.abs()), rtol=1e-5, atol=1e-5)
+    if r == 50:
+        torch.testing.assert_close(a, eigenvalue)
+
+
+@pytest.mark.parametrize("r", [-50.0, -200.0])
+def test_a_shut_gate_holds_the_memory_and_has_finite_gradients(r):
+    memory, a, x, unit, eigenvalue = gated(r, i=2.0)
+    torch.testing.assert_close(a, eigenvalue / eigenvalue.abs())
+    assert (x.abs() <= 1e-3 * unit.abs()).all()
+    gradients = torch.autograd.grad((a.abs().sum() + x.abs().sum()), [memory.nu, memory.theta, memory.gates.bias, memory.B])
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
 
 
 @only(["S5"])

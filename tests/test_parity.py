@@ -17,6 +17,9 @@ MEMORIES = {  # the script, the class, its arguments
     "FFM": ("dqn_tbb_ffm", "FFM", (WIDTH, OUT, 5, 4)),  # inputs, outputs, traces, contexts
     "LRU": ("dqn_tbb_lru", "LRU", (WIDTH, 8, 0.0, 1.0)),  # width, state, r_min, r_max
     "StackedLRU": ("dqn_tbb_lru", "StackedLRU", (WIDTH, 2, 8, 0.0, 1.0)),  # width, layers, and so on
+    "GatedLRU": ("dqn_tbb_glru", "GatedLRU", (WIDTH, 8, 0.0, 1.0)),
+    "StackedGatedLRU": ("dqn_tbb_glru", "StackedGatedLRU", (WIDTH, 2, 8, 0.0, 1.0)),
+    "MinGRU": ("dqn_tbb_mingru", "MinGRU", (WIDTH, OUT)),
     "S5": ("dqn_tbb_s5", "S5", (WIDTH, 8, 0.001, 0.1)),  # width, state, dt_min, dt_max
     "StackedS5": ("dqn_tbb_s5", "StackedS5", (WIDTH, 2, 8, 0.001, 0.1)),
     "LinearAttention": ("dqn_tbb_linattn", "LinearAttention", (WIDTH, OUT, 3, 4)),  # inputs, outputs, keys, values
@@ -72,6 +75,33 @@ def lru(p, obs, begins):
     return torch.stack(out)
 
 
+def gated_lru(p, obs, begins):
+    """h[t] = a[t] h[t-1] + sqrt(1 - |a[t]|^2) i[t] B u[t], where |a[t]| = |lambda| ** r[t]; y = Re(C h) + D u: docs/glru.md"""
+    eigenvalue = torch.exp(torch.complex(-torch.exp(p["nu"]), torch.exp(p["theta"])))
+    b = torch.complex(p["B"][:, 0::2], p["B"][:, 1::2]).T  # [P, H]
+    c = torch.complex(p["C"][:, 0::2], -p["C"][:, 1::2])  # [H, P]
+    (w_r, w_i), (b_r, b_i) = p["gates.weight"].chunk(2), p["gates.bias"].chunk(2)
+    state, out = torch.zeros_like(eigenvalue), []
+    for o, begin in zip(obs, begins):
+        u = normalised(o) * p["norm.weight"] + p["norm.bias"]
+        r, i = torch.sigmoid(w_r @ u + b_r), torch.sigmoid(w_i @ u + b_i)
+        a = torch.exp(torch.complex(-r * torch.exp(p["nu"]), torch.exp(p["theta"])))
+        state = a * before(state, begin) + torch.sqrt(1 - a.abs() ** 2) * i * (b @ u.to(b.dtype))
+        out.append(block((c @ state).real + p["D"] * u, o, p))
+    return torch.stack(out)
+
+
+def min_gru(p, obs, begins):
+    """Feng et al. (2024): h[t] = (1 - z[t]) h[t-1] + z[t] W_h o[t], z = sigmoid(W_z o)."""
+    (w_z, w_h), (b_z, b_h) = p["inputs.weight"].chunk(2), p["inputs.bias"].chunk(2)
+    state, out = torch.zeros(OUT).double(), []
+    for o, begin in zip(obs, begins):
+        z = torch.sigmoid(w_z @ o + b_z)
+        state = (1 - z) * before(state, begin) + z * (w_h @ o + b_h)
+        out.append(state)
+    return torch.stack(out)
+
+
 def s5(p, obs, begins):
     """Smith et al. (2023): zero-order hold of x' = Lambda x + B u, one of each conjugate pair kept, y = 2 Re(C x) + D u."""
     eigenvalues = torch.complex(p["lambda_re"], p["lambda_im"])
@@ -122,6 +152,9 @@ REFERENCES = {
     "FFM": ffm,
     "LRU": lru,
     "StackedLRU": stacked(lru),
+    "GatedLRU": gated_lru,
+    "StackedGatedLRU": stacked(gated_lru),
+    "MinGRU": min_gru,
     "S5": s5,
     "StackedS5": stacked(s5),
     "LinearAttention": linear_transformer,

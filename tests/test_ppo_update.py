@@ -43,7 +43,9 @@ def test_the_fused_lstm_is_the_loop_without_resets(bench):
     assert (fused[1] - with_resets[1]).abs().max() > 1e-3  # so a reset does something
 
 
-@pytest.mark.parametrize("name", ["ppo_tbb_ffm", "ppo_tbb_lru", "ppo_tbb_s5", "ppo_tbb_linattn"])
+@pytest.mark.parametrize(
+    "name", ["ppo_tbb_ffm", "ppo_tbb_lru", "ppo_tbb_glru", "ppo_tbb_mingru", "ppo_tbb_s5", "ppo_tbb_linattn"]
+)
 def test_a_memoroid_has_the_rows_of_the_batch_in_order(bench, name):
     obs, begins = bench.rollout(30, 3)
     update, forward, agent = bench.contender(name, obs, begins, hidden_size=32)

@@ -50,6 +50,8 @@ class Script(NamedTuple):
 SCRIPTS = {
     "dqn_tbb_ffm": Script(f"{DQN} --trace-size 4", DQN_LOGS, 0.99),
     "dqn_tbb_lru": Script(f"{DQN} --state-size 4", DQN_LOGS, 0.95),
+    "dqn_tbb_glru": Script(f"{DQN} --state-size 4", DQN_LOGS, 0.95),
+    "dqn_tbb_mingru": Script(DQN, DQN_LOGS, 0.95),
     "dqn_tbb_s5": Script(f"{DQN} --state-size 4", DQN_LOGS, 0.95),
     "dqn_tbb_linattn": Script(f"{DQN} --key-size 4 --value-size 4", DQN_LOGS, 0.95),
     "dqn_sbb_ffm": Script(f"{DQN} --trace-size 4 --segment-length 10", DQN_LOGS, -1),
@@ -58,6 +60,8 @@ SCRIPTS = {
     "dqn_sbb_linattn": Script(f"{DQN} --key-size 4 --value-size 4 --segment-length 10", DQN_LOGS, -1),
     "ppo_tbb_ffm": Script(f"{PPO} --trace-size 4", PPO_LOGS, 0.99),
     "ppo_tbb_lru": Script(f"{PPO} --state-size 4 --max-prefix 10", PPO_LOGS, 0.95),
+    "ppo_tbb_glru": Script(f"{PPO} --state-size 4 --max-prefix 10", PPO_LOGS, 0.99),
+    "ppo_tbb_mingru": Script(PPO, PPO_LOGS, 0.95),
     "ppo_tbb_s5": Script(f"{PPO} --state-size 4 --max-prefix 0", PPO_LOGS, 0.95),
     "ppo_tbb_linattn": Script(f"{PPO} --key-size 4 --value-size 4", PPO_LOGS, 0.95),
     "ppo_sbb_lstm": Script(PPO, PPO_LOGS, 0.95),

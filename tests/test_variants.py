@@ -47,10 +47,10 @@ def test_a_planted_difference_in_a_variant_or_its_parent_is_caught(tmp_path, nam
         assert "list it under Changed" in difference(tmp_path / f"{name}.py")
 
 
-SHARED = """resettable associative_scan FFM LRU StackedLRU hippo_n S5 StackedS5 LinearAttention SegmentBuffer Sections
-    CarriedTape EnvPool gae td_target""".split()
+MEMORIES = "FFM LRU StackedLRU GatedLRU StackedGatedLRU MinGRU S5 StackedS5 LinearAttention".split()
+SHARED = "resettable associative_scan hippo_n SegmentBuffer Sections CarriedTape EnvPool gae td_target".split() + MEMORIES
 # what differs on purpose: DQN's tape holds final observations, PPO's goes on from a state, and frames are bytes
-APART = {f"{memory}.forward" for memory in "FFM LRU StackedLRU S5 StackedS5 LinearAttention".split()}
+APART = {f"{memory}.forward" for memory in MEMORIES}
 
 
 def test_what_has_one_name_is_one_text():

@@ -19,9 +19,9 @@ for seed in 1 2 3 4 5; do
     fi
 done | grid dqn_tbb_ffm "$@"
 
-for seed in 1 2 3 4 5; do
-    echo "single_files/dqn_tbb_linattn.py --seed $seed $first"
-done | grid dqn_tbb_linattn "$@"
+for script in dqn_tbb_linattn dqn_tbb_glru dqn_tbb_mingru; do
+    printf '%s\n' "single_files/$script.py $first --seed "{1,2,3,4,5} | grid $script "$@"
+done
 
 for seed in 1 2 3 4 5; do
     script="single_files/dqn_tbb_lru.py --seed $seed"

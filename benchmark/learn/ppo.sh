@@ -4,7 +4,7 @@
 source "$(dirname "$0")/grid.sh"
 first="--env-id popgym-RepeatFirstEasy-v0"
 
-for script in ppo_tbb_ffm ppo_tbb_s5 ppo_tbb_linattn ppo_sbb_lstm; do
+for script in ppo_tbb_ffm ppo_tbb_glru ppo_tbb_mingru ppo_tbb_s5 ppo_tbb_linattn ppo_sbb_lstm; do
     printf '%s\n' "single_files/$script.py $first --seed "{1,2,3,4,5} | grid $script "$@"
 done
 

@@ -34,6 +34,8 @@ OBS_SIZE, ACTIONS, ENVS, EPISODE = 10, 4, 16, 50
 SIZES = {
     "ppo_tbb_ffm": {"trace_size": 64, "context_size": 4},
     "ppo_tbb_lru": {"state_size": 128, "num_layers": 2},
+    "ppo_tbb_glru": {"state_size": 128, "num_layers": 2},
+    "ppo_tbb_mingru": {},
     "ppo_tbb_s5": {"state_size": 128, "num_layers": 2},
     "ppo_tbb_linattn": {"key_size": 64, "value_size": 64},
     "ppo_sbb_lstm": {},

@@ -5,9 +5,10 @@
     python benchmark/speed/scan.py --device cuda                # writes scan_cuda.csv
 
 Three parts, each with bars that are printed at the end:
-1. Speed, one decay per channel, an episode begins every 200 rows on average. "copy" moves the same bytes between arrays of the
-   same kind in the same run: for the forward pass x is read and h written, for forward and backward there are five passes
-   (read x, write h, read the gradient of h, read h, write the gradient of x). Column "copies" is the time in copies.
+1. Speed, one decay per channel, an episode begins every 200 rows on average; "a decay per row" has one for each row, too, as
+   the gated memories do. "copy" moves the same bytes between arrays of the same kind in the same run: for the forward pass x
+   is read and h written, for forward and backward there are five passes (read x, write h, read the gradient of h, read h,
+   write the gradient of x). Column "copies" is the time in copies.
    "jax paper" is the paper's resettable operator in jax.lax.associative_scan (Morad et al. 2024), "jax lax.scan" the
    sequential loop, both jitted and compiled beforehand: jax_baselines.py.
 2. Accuracy at T = 262144 without resets: the largest error relative to the largest |h|, against a loop in complex128, for
@@ -21,7 +22,7 @@ from functools import partial
 import numpy as np
 from timing import WITHOUT_JAX, OwnProcess, interleave, parser, print_bars, print_table, ratio, set_up, write_csv
 
-CHANNELS, EPISODE, GAMMA = 256, 200, 0.99
+CHANNELS, EPISODE, GAMMA, PER_ROW = 256, 200, 0.99, "a decay per row"
 ACCURACY_ROWS, RETURN_ROWS = 262_144, 1_000_000
 
 
@@ -103,6 +104,8 @@ def contenders(steps, args, jax):
 
     for backend in backends(args.device):
         add(backend, lambda decay, x, backend=backend: linear_scan(decay, x, begins, backend=backend), w, decay, leaf)
+    rows = decay.detach().to(x.dtype).repeat(steps, 1).requires_grad_()
+    add(PER_ROW, lambda rows, x: linear_scan(rows, x, begins), w, rows, leaf)
     # in the layouts of others, with resets as decays of zero: repeated over time outside the stopwatch
     gates = torch.where(begins[:, None], 0, decay.detach().to(x.dtype))
     if (torchs := torch_associative_scan()) and (steps <= 16384 or args.all):
@@ -214,6 +217,9 @@ def bars(times, errors, returns, best):
         for steps, least in zip((1024, 16384), wanted):
             text = f"{backend}, forward and backward, T = {steps}: times faster than {other}"
             yield text, ">=", least, at(steps, other, backend)
+    for steps in (1024, 16384):
+        text = f"{best}, forward and backward, T = {steps}: a decay per row, times a constant decay"
+        yield text, "<=", 2, at(steps, PER_ROW, best)
     for backend, most in ((best, 1e-7), ("torch", 2e-5)):
         worst = max((row["error"] for row in errors if row["backend"] == backend), default=np.nan)
         yield f"{backend}: largest error against complex128, T = {ACCURACY_ROWS}", "<=", most, (worst, np.nan)

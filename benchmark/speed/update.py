@@ -14,9 +14,9 @@ rest              what the parts leave of the update: elementwise work, losses, 
 sampling          drawing the tape from a full buffer, which is no part of the update
 `waste` is the share of the rows that carry no loss: padding, and the rows of final observations.
 
-Then, into update_scan.csv: for linear attention at 64 x 64, attention alone against the paper's scan; and
-for tape against segments, a scan of T rows against one of L rows of T / L segments side by side, whose tree is log L deep
-instead of log T. `--rows` without a number times only these.
+Then, into update_scan.csv: the gated LRU beside LRU at the scripts' default sizes, an update and the scans in it; for linear
+attention at 64 x 64, attention alone against the paper's scan; and for tape against segments, a scan of T rows against one of
+L rows of T / L segments side by side, whose tree is log L deep instead of log T. `--rows` without a number times only these.
 """
 
 import importlib.util
@@ -41,6 +41,8 @@ OBS_SIZE, ACTIONS, EPISODE = 8, 4, 100
 SIZES = {
     "ffm": {"hidden_size": 256, "trace_size": 64, "context_size": 4},
     "lru": {"hidden_size": 256, "state_size": 128, "num_layers": 2},
+    "glru": {"hidden_size": 256, "state_size": 128, "num_layers": 2},
+    "mingru": {"hidden_size": 256},
     "s5": {"hidden_size": 256, "state_size": 128, "num_layers": 2},
     "linattn": {"hidden_size": 256, "key_size": 16, "value_size": 16},
 }
@@ -155,7 +157,7 @@ def time_script(name, rows, segment_length, args):
     memory = name.split("_")[-1]
     sizes = SIZES[memory] | ({"segment_length": segment_length} if segment_length else {})
     calls, tape = contenders(load_script(ROOT / "single_files" / f"{name}.py"), rows, sizes)
-    if args.paper and not segment_length:
+    if args.paper and not segment_length and memory in PAPER:
         paper = {"rows": rows, "obs_size": OBS_SIZE, "actions": ACTIONS, "episode": EPISODE}
         calls["jax paper"] = OwnProcess("paper_update", "paper_update", args.paper, PAPER[memory], **paper)
     times, found = interleave(calls, args), []
@@ -175,13 +177,30 @@ def time_script(name, rows, segment_length, args):
     bars, text = [], f"{name}, {rows} rows: update"
     if name == "dqn_tbb_ffm":
         bars.append((f"{text}, times its matrix products", "<=", 1.4, ratio(times, "update", "matrix products")))
-    wanted = None if segment_length else dict(zip((1000, 10_000), FASTER[memory])).get(rows)
+    wanted = None if segment_length else dict(zip((1000, 10_000), FASTER.get(memory, ()))).get(rows)
     if wanted:
         bars.append((f"{text}, times faster than the paper's", ">=", wanted, ratio(times, "jax paper", "update")))
     if args.profile:
         profile(calls["update"])
     if "jax paper" in calls:
         calls["jax paper"].close()
+    return found, bars
+
+
+def time_gates(args, rows):
+    """An update with the gated LRU, and the scans in it, beside LRU's, at the scripts' default sizes."""
+    calls, found, bars = {}, [], []
+    for name in ("dqn_tbb_lru", "dqn_tbb_glru"):
+        parts, tape = contenders(load_script(ROOT / "single_files" / f"{name}.py"), rows, {})
+        calls |= {f"{name}, {part}": parts[part] for part in ("update", "scan")}
+    times = interleave(calls, args)
+    for name, values in times.items():
+        row = {"script": name.split(",")[0], "T": len(tape.obs), "what": f"{name.split(', ')[1]}, default sizes"}
+        found.append(row | {"median_ms": float(np.median(values)), "min_ms": float(values.min())})
+    for part, most in (("update", 1.5), ("scan", 2)):
+        figure = ratio(times, f"dqn_tbb_glru, {part}", f"dqn_tbb_lru, {part}")
+        bars.append((f"gated LRU, {rows} rows, default sizes: {part}, times LRU's", "<=", most, figure))
+    print_table(found)
     return found, bars
 
 
@@ -276,6 +295,9 @@ if __name__ == "__main__":
                 rows, bars = rows + found, bars + wanted
                 write_csv("update", where, rows, args)  # minutes of work: a run cut short leaves what it has
     scans = []
+    for length in (1000, 10_000):
+        found, wanted = time_gates(args, length)
+        scans, bars = scans + found, bars + wanted
     for steps in (1024, 4096):
         found, wanted = time_attention(args, importlib.util.find_spec("jax") is not None, steps)
         scans, bars = scans + found, bars + wanted
