@@ -379,15 +379,13 @@ def evaluate(q_network, env_fns, args):
     random.seed(seed)  # environments may draw from these, too
     np.random.seed(seed)
     (obs, _), recurrent_state = envs.reset(seed=seed), q_network.memory.initial_state(len(env_fns))
-    returns, begins, running = np.zeros(len(env_fns)), *np.ones((2, len(env_fns)), bool)
-    for _ in range(args.eval_max_steps):
+    steps, returns, begins, running = 0, np.zeros(len(env_fns)), *np.ones((2, len(env_fns)), bool)
+    while running.any() and steps < args.eval_max_steps:
         q_values, recurrent_state = q_network.step(obs, begins, recurrent_state)
         actions = q_values.argmax(dim=1).cpu().numpy() + envs.single_action_space.start
         obs, rewards, terminations, truncations, _ = envs.step(actions)
         returns += rewards * running
-        begins, running = np.zeros_like(running), running & ~(terminations | truncations)
-        if not running.any():
-            break
+        begins, running, steps = np.zeros_like(running), running & ~(terminations | truncations), steps + 1
     envs.close()
     cut = f"; {running.sum()} cut off by --eval-max-steps" if running.any() else ""
     print(f"evaluation: episodic_return={returns.mean():.4f}, the mean of {len(obs)} greedy episodes of {args.env_id}{cut}")
@@ -425,7 +423,8 @@ if __name__ == "__main__":
         if args.capture_video:  # what cannot be recorded is better known now than after training
             make_env(*make, 0, "videos")().close()
     except Exception as error:  # whatever an environment raises
-        raise ValueError(f"--env-id {args.env_id}, --env-kwargs, --capture-video: {error}; change one, or make_env") from error
+        what = f"--env-id {args.env_id}: cannot be made and flattened with these --env-kwargs and --capture-video"
+        raise ValueError(f"{what}: {error!r}; change them, or take in make_env a part of the observation") from error
 
     q_network, target_network = QNetwork(envs, args).to(device), QNetwork(envs, args).to(device)
     target_network.load_state_dict(q_network.state_dict())
@@ -454,25 +453,25 @@ if __name__ == "__main__":
     writer.add_text("hyperparameters", "\n".join(["|param|value|\n|-|-|", *(f"|{k}|{v}|" for k, v in vars(args).items())]))
     stop = catch_stop_signals()  # empty until Ctrl-C or SIGTERM asks for an end
     # TRY NOT TO MODIFY: start the game
-    obs, _ = envs.reset(seed=args.seed)
-    begins = np.ones(args.num_envs, bool)  # is obs[i] the first of its episode?
-    recurrent_state = q_network.memory.initial_state(args.num_envs)
-    running = [[] for _ in range(args.num_envs)]  # TBB: each environment's running episode, rows of (obs, action, reward)
     global_step = update = 0
     # the variables that a checkpoint holds, pickled together, so that the optimizer keeps its hold on the network's weights
     state = "q_network target_network optimizer tape_buffer rng global_step update obs begins recurrent_state running".split()
     if saved:
         globals().update(saved["state"])
-        where = "env_id", "env_kwargs", "prev_action", "num_envs"  # other flags change no environment
-        if saved.get("envs") and all(saved["args"][name] == getattr(args, name) for name in where):
-            envs.envs, *random_states = cloudpickle.loads(saved["envs"])
-            random.setstate(random_states[0])
-            np.random.set_state(random_states[1])
-        else:
+        where = [saved["args"][name] == getattr(args, name) for name in ("env_id", "env_kwargs", "prev_action", "num_envs")]
+    if saved and saved.get("envs") and all(where):
+        envs.envs, python_state, numpy_state = cloudpickle.loads(saved["envs"])
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+    else:
+        if saved:
             print("the environments are new or could not be saved: new episodes begin, the run differs from one never stopped")
-            obs, _ = envs.reset(seed=int(rng.integers(2**31)))
-            begins, running = np.ones(args.num_envs, bool), [[] for _ in range(args.num_envs)]
-            recurrent_state = q_network.memory.initial_state(args.num_envs)
+        obs, _ = envs.reset(seed=int(rng.integers(2**31)) if saved else args.seed)
+        begins = np.ones(args.num_envs, bool)  # is obs[i] the first of its episode?
+        recurrent_state = q_network.memory.initial_state(args.num_envs)
+        running = [
+            [] for _ in range(args.num_envs)
+        ]  # TBB: the running episode of each environment, (obs, action, reward) rows
     start_time, start_step, recent_returns = time.time(), global_step, deque(maxlen=20)
     scan = "cleanrl_memoroid's scan" if linear_scan else "this file's own scan (faster with `pip install` of cleanrl-memoroid)"
     print(f"{args.exp_name}: {args.env_id}, {args.total_timesteps:,} steps in {args.num_envs} environments, {device}, {scan}")

@@ -391,14 +391,12 @@ def evaluate(agent, env_fns, args):
     random.seed(seed)  # environments may draw from these, too
     np.random.seed(seed)
     (obs, _), recurrent_state = envs.reset(seed=seed), agent.memory.initial_state(len(env_fns))
-    returns, begins, running = np.zeros(len(env_fns)), *np.ones((2, len(env_fns)), bool)
-    for _ in range(args.eval_max_steps):
+    steps, returns, begins, running = 0, np.zeros(len(env_fns)), *np.ones((2, len(env_fns)), bool)
+    while running.any() and steps < args.eval_max_steps:
         policy, _, recurrent_state = agent.step(obs, begins, recurrent_state)
         obs, rewards, terminations, truncations, _ = envs.step(env_actions(envs, policy.argmax(-1)))
         returns += rewards * running
-        begins, running = np.zeros_like(running), running & ~(terminations | truncations)
-        if not running.any():
-            break
+        begins, running, steps = np.zeros_like(running), running & ~(terminations | truncations), steps + 1
     envs.close()
     cut = f"; {running.sum()} cut off by --eval-max-steps" if running.any() else ""
     print(f"evaluation: episodic_return={returns.mean():.4f}, the mean of {len(obs)} greedy episodes of {args.env_id}{cut}")
@@ -440,7 +438,8 @@ if __name__ == "__main__":
         if args.capture_video:  # what cannot be recorded is better known now than after training
             make_env(*make, 0, "videos")().close()
     except Exception as error:  # whatever an environment raises
-        raise ValueError(f"--env-id {args.env_id}, --env-kwargs, --capture-video: {error}; change one, or make_env") from error
+        what = f"--env-id {args.env_id}: cannot be made and flattened with these --env-kwargs and --capture-video"
+        raise ValueError(f"{what}: {error!r}; change them, or take in make_env a part of the observation") from error
 
     agent = Agent(envs, args).to(device)
     if saved:
@@ -479,11 +478,11 @@ if __name__ == "__main__":
     state = "agent optimizer carried_tape rng global_step next_obs next_begins recurrent_state discounted return_rms".split()
     if saved:
         globals().update(saved["state"])
-        where = "env_id", "env_kwargs", "prev_action", "num_envs"  # other flags change no environment
-        if saved.get("envs") and all(saved["args"][name] == getattr(args, name) for name in where):
-            envs.envs, *random_states = cloudpickle.loads(saved["envs"])
-            random.setstate(random_states[0])
-            np.random.set_state(random_states[1])
+        where = [saved["args"][name] == getattr(args, name) for name in ("env_id", "env_kwargs", "prev_action", "num_envs")]
+        if saved.get("envs") and all(where):
+            envs.envs, python_state, numpy_state = cloudpickle.loads(saved["envs"])
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
         else:
             print("the environments are new or could not be saved: new episodes begin, the run differs from one never stopped")
             next_obs, _ = envs.reset(seed=int(rng.integers(2**31)))

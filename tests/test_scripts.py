@@ -219,7 +219,7 @@ ERRORS = [  # script, flags, the message
     (
         "dqn_tbb_ffm",
         "--env-id counting_env:Silent-v0 --capture-video",
-        "--env-id counting_env:Silent-v0, --env-kwargs, --capture-video: .*render_mode.*change one",
+        "--env-id counting_env:Silent-v0: cannot be made .*--capture-video: .*render_mode.*change them",
     ),
     ("dqn_sbb_ffm", "--segment-length 0", "--segment-length: expected at least 1, got 0"),
     ("dqn_sbb_ffm", "--burn-in -1", "--burn-in: expected at least 0, got -1"),
