@@ -85,7 +85,7 @@ def unlike(envs, pickled, actions, outcome):
     Returns: the reason. An environment whose pickle holds what its constructor was given (gymnasium.utils.EzPickle) is no
         copy, even if one step does not tell. The global random states are left as they are.
     """
-    before = random.getstate(), np.random.get_state()
+    before = _random_states()
     next_obs, *rest, infos = outcome
     try:
         twins, *states = cloudpickle.loads(pickled)
@@ -117,9 +117,14 @@ def _forgetful(env):
     return ""
 
 
-def _set_random_states(python, numpy):
+def _random_states():
+    return random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+
+def _set_random_states(python, numpy, pytorch):
     random.setstate(python)
     np.random.set_state(numpy)
+    torch.set_rng_state(pytorch)
 
 
 _handlers = {}  # signal -> its handler before catch_stop_signals
@@ -206,7 +211,7 @@ def new_run_dir(name):
 
     What file systems, shells or Weights and Biases take for more than a letter becomes a hyphen.
     """
-    first = path = "runs/" + re.sub(r"[^\w.=+-]+", "-", name)[-200:]
+    first = path = "runs/" + re.sub(r"[^\w.=+-]+", "-", name)[-120:]
     for number in itertools.count(2):
         with contextlib.suppress(FileExistsError):
             os.makedirs(path)
@@ -271,15 +276,15 @@ def checkpoint(path, content, envs):
 
     Args:
         path, content: for `save`. Under "envs" come the environments, for cloudpickle: (the list of them, `random.getstate()`,
-            `np.random.get_state()`), as environments may draw from those, too; or None, where they cannot be saved, which is
-            printed as often as that becomes true. content["state"]["rng"] may be drawn from in the step; other variables must
-            stay as they are.
+            `np.random.get_state()`, `torch.get_rng_state()`), as environments may draw from those, too; or None, where they
+            cannot be saved, which is printed as often as that becomes true. content["state"]["rng"] may be drawn from in the
+            step; other variables must stay as they are.
         envs: a vector environment, of `AutoresetMode.SAME_STEP`.
     Returns: `finish(actions, outcome)`, which saves, for the actions of the step and for what `envs.step` returned.
     """
     content["state"]["rng"] = copy.deepcopy(content["state"]["rng"])
     try:
-        pickled, reason = cloudpickle.dumps((envs.envs, random.getstate(), np.random.get_state())), ""
+        pickled, reason = cloudpickle.dumps((envs.envs, *_random_states())), ""
     except Exception as error:  # whatever an environment raises
         pickled, reason = None, str(error)
 

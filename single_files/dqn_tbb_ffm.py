@@ -45,7 +45,7 @@ except ImportError:  # alone, this file computes the same, more slowly, and trus
 
     def checkpoint(path, content, envs):
         try:
-            content["envs"] = cloudpickle.dumps((envs.envs, random.getstate(), np.random.get_state()))
+            content["envs"] = cloudpickle.dumps((envs.envs, random.getstate(), np.random.get_state(), torch.get_rng_state()))
         except Exception as error:  # whatever an environment raises
             print(f"the environment cannot be saved ({error}): --resume will begin new episodes")
         save(path, content)
@@ -306,8 +306,8 @@ def td_target(q, next_q, tape, gamma):
 def evaluate(q_network, env_fns, args):
     """Returns of greedy episodes, one in each environment: short episodes do not count more often than long ones. [E]"""
     envs, seed = gym.vector.SyncVectorEnv(env_fns), args.seed + 10**6
-    random.seed(seed)  # environments may draw from these, too
-    np.random.seed(seed)
+    for seed_one in (random.seed, np.random.seed, torch.manual_seed):  # environments may draw from each
+        seed_one(seed)
     (obs, _), recurrent_state = envs.reset(seed=seed), q_network.memory.initial_state(len(env_fns))
     steps, returns, begins, running = 0, np.zeros(len(env_fns)), *np.ones((2, len(env_fns)), bool)
     while running.any() and steps < args.eval_max_steps:
@@ -341,9 +341,8 @@ if __name__ == "__main__":
     tune_cpu()
     # TRY NOT TO MODIFY: seeding
     rng = np.random.default_rng(args.seed)
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
+    for seed_one in (random.seed, np.random.seed, torch.manual_seed):
+        seed_one(args.seed)
     device = torch.device("cuda" if args.cuda else "cpu")
     # env setup
     make = [args.env_id, args.env_kwargs, args.prev_action]
@@ -364,7 +363,7 @@ if __name__ == "__main__":
         if [v.shape for v in weights.values()] != [v.shape for v in q_network.state_dict().values()]:
             raise ValueError(f"--env-id {args.env_id}, or sizes of layers: not those of the network in {path}; leave them out")
     run_dir = run_dir or new_run_dir(f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-"))
-    run_name = os.path.basename(os.path.abspath(run_dir))
+    run_name = "".join(c if c.isalnum() or c in "._-" else "-" for c in os.path.basename(os.path.abspath(run_dir)))
     eval_fns = [make_env(*make, i) for i in range(args.eval_episodes)]
     if args.capture_video:
         eval_fns[:1] = [make_env(*make, 0, f"videos/{run_name}")]
@@ -390,9 +389,10 @@ if __name__ == "__main__":
         globals().update(saved["state"])
         where = [saved["args"][name] == getattr(args, name) for name in ("env_id", "env_kwargs", "prev_action", "num_envs")]
     if saved and saved.get("envs") and all(where):
-        envs.envs, python_state, numpy_state = cloudpickle.loads(saved["envs"])
+        envs.envs, python_state, numpy_state, torch_state = cloudpickle.loads(saved["envs"])
         random.setstate(python_state)
         np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
     else:
         if saved:
             print("the environments are new or could not be saved: new episodes begin, the run differs from one never stopped")

@@ -455,7 +455,7 @@ if __name__ == "__main__":
         if [v.shape for v in weights.values()] != [v.shape for v in agent.state_dict().values()]:
             raise ValueError(f"--env-id {args.env_id}, or sizes of layers: not those of the network in {path}; leave them out")
     run_dir = run_dir or new_run_dir(f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-"))
-    run_name = os.path.basename(os.path.abspath(run_dir))
+    run_name = "".join(c if c.isalnum() or c in "._-" else "-" for c in os.path.basename(os.path.abspath(run_dir)))
     if args.evaluate:
         agent.load_state_dict(weights)
         evaluate(agent, eval_envs, args)

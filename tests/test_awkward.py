@@ -145,7 +145,7 @@ def test_a_copy_is_compared_in_observation_reward_end_and_what_follows_an_end():
         envs.reset(seed=0)
         for t in range(1, 10):
             envs.envs[1].planted = planted
-            pickled = cloudpickle.dumps((envs.envs, random.getstate(), np.random.get_state()))
+            pickled = cloudpickle.dumps((envs.envs, random.getstate(), np.random.get_state(), torch.get_rng_state()))
             del envs.envs[1].planted
             actions = np.zeros(2, int)
             outcome = envs.step(actions)

@@ -5,6 +5,7 @@ import threading
 
 import gymnasium as gym
 import numpy as np
+import torch
 
 FINITE, BOX = gym.spaces.Discrete(2), gym.spaces.Box(-1, 1, (1,), np.float32)
 
@@ -86,7 +87,7 @@ class Dice(Plain):
         return np.array([random.random(), np.random.random()], np.float32)
 
     def reward(self):
-        return random.random() + np.random.random()
+        return random.random() + np.random.random() + torch.rand(()).item()
 
 
 class Endless(Plain):
