@@ -3,7 +3,7 @@
 # FFM: Morad et al. (2023), "Reinforcement Learning with Fast and Forgetful Memory", https://arxiv.org/abs/2310.04128
 """Double dueling DQN with Fast and Forgetful Memory (FFM), trained on a tape of whole episodes.
 
-    python single_files/dqn_tbb_ffm.py                               # a memory task, solved in half a minute on a CPU
+    python single_files/dqn_tbb_ffm.py                               # a memory task, solved in a minute on a CPU
     python single_files/dqn_tbb_ffm.py --env-id CartPole-v1          # any vector observation with discrete actions
     python single_files/dqn_tbb_ffm.py --resume runs/RUN             # continue a killed run exactly
     python single_files/dqn_tbb_ffm.py --evaluate runs/RUN           # greedy episodes with the trained model
@@ -63,7 +63,7 @@ class Args:
     eval_episodes: int = 100  # number of greedy episodes after training and with --evaluate; 0: none (episodes)
     eval_max_steps: int = 10_000  # an evaluation ends here; episodes that still run count as they are (steps)
     checkpoint_interval: int = 10_000  # environment steps between checkpoints, for --resume; 0: at Ctrl-C only (steps)
-    resume: str | None = None  # run directory: continue it, under its flags unless given again; it can run code: only yours
+    resume: str | None = None  # run directory: continue it, under its flags unless given again (unpickles: only your own)
     evaluate: str | None = None  # run directory: play greedy episodes with its trained model, and exit
 
     # Algorithm specific arguments

@@ -60,7 +60,7 @@ class Args:
     checkpoint_interval: int = (
         100_000  # environment steps between checkpoints, each as large as the tape; 0: at Ctrl-C only (steps)
     )
-    resume: str | None = None  # run directory: continue it, under its flags unless given again; it can run code: only yours
+    resume: str | None = None  # run directory: continue it, under its flags unless given again (unpickles: only your own)
     evaluate: str | None = None  # run directory: play greedy games with its trained model, and exit
 
     # Algorithm specific arguments

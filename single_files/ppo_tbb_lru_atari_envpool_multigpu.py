@@ -52,7 +52,7 @@ class Args:
     wandb_project_name: str = "cleanrl-memoroid"  # the project name in Weights and Biases (the team: WANDB_ENTITY)
     eval_episodes: int = 16  # number of greedy games after training and with --evaluate; 0: none (games)
     checkpoint_interval: int = 100_000  # environment steps between checkpoints, for --resume; 0: at Ctrl-C only (steps)
-    resume: str | None = None  # run directory: continue it, under its flags unless given again; it can run code: only yours
+    resume: str | None = None  # run directory: continue it, under its flags unless given again (unpickles: only your own)
     evaluate: str | None = None  # run directory: play greedy games with its trained model, and exit
 
     # Algorithm specific arguments

@@ -65,7 +65,7 @@ class Args:
     eval_episodes: int = 100  # number of greedy episodes after training and with --evaluate; 0: none (episodes)
     eval_max_steps: int = 10_000  # an evaluation ends here; episodes that still run count as they are (steps)
     checkpoint_interval: int = 50_000  # environment steps between checkpoints, for --resume; 0: at Ctrl-C only (steps)
-    resume: str | None = None  # run directory: continue it, under its flags unless given again; it can run code: only yours
+    resume: str | None = None  # run directory: continue it, under its flags unless given again (unpickles: only your own)
     evaluate: str | None = None  # run directory: play greedy episodes with its trained model, and exit
 
     # Algorithm specific arguments
