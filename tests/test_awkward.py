@@ -97,6 +97,23 @@ def test_a_stopped_run_saves_itself_and_goes_on_exactly(tmp_path, monkeypatch, s
     assert_equal_runs(whole, stopped, script)
 
 
+@pytest.mark.parametrize("script", ["dqn_tbb_ffm", "ppo_tbb_lru_continuous_action"])
+def test_an_evaluation_on_global_random_numbers_repeats_exactly(tmp_path, script):
+    out = run(tmp_path, *flags(script, "Dice"), script=script)
+    assert run(tmp_path, "--evaluate", run_folder(tmp_path), script=script).splitlines()[-1] == out.splitlines()[-1]
+
+
+def test_the_second_signal_ends_a_run_at_once():
+    before = signal.getsignal(signal.SIGINT)
+    caught = runs.catch_stop_signals()
+    os.kill(os.getpid(), signal.SIGINT)
+    assert caught == [signal.SIGINT] and signal.getsignal(signal.SIGINT) is before
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+    runs.catch_stop_signals(on=False)
+    assert signal.getsignal(signal.SIGTERM) in (signal.SIG_DFL, signal.default_int_handler)
+
+
 @every_family
 @pytest.mark.parametrize(
     "env, why",
