@@ -452,9 +452,7 @@ if __name__ == "__main__":
         obs, _ = envs.reset(seed=int(rng.integers(2**31)) if saved else args.seed)
         begins = np.ones(args.num_envs, bool)  # is obs[i] the first of its episode?
         recurrent_state = q_network.memory.initial_state(args.num_envs)
-        running = [
-            [] for _ in range(args.num_envs)
-        ]  # TBB: the running episode of each environment, (obs, action, reward) rows
+        running = [[] for _ in range(args.num_envs)]  # TBB: of each environment's running episode, (obs, action, reward) rows
     start_time, start_step, recent_returns = time.time(), global_step, deque(maxlen=20)
     scan = "cleanrl_memoroid's scan" if linear_scan else "this file's own scan (faster with `pip install` of cleanrl-memoroid)"
     print(f"{args.exp_name}: {args.env_id}, {args.total_timesteps:,} steps in {args.num_envs} environments, {device}, {scan}")
