@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -218,18 +219,41 @@ def spied(folder, script, who):
     return path
 
 
-def torchrun(folder, *flags):
-    """What two processes print, whose weights are equal at the end. -> and what each of them has then"""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [spied(folder, MULTIGPU, "{rank}"), *flags]
+def start_torchrun(folder, script, *flags):
+    """Two processes, on games that a test knows."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, *flags]
     path = os.pathsep.join(map(str, (ROOT / "tests" / "helpers" / "fake_envpool", ROOT)))
     env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(list(map(str, command)), cwd=folder, capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(list(map(str, command)), cwd=folder, env=env, **pipes)
+
+
+def torchrun(folder, *flags):
+    """What two processes print, whose weights are equal at the end. -> and what each of them has then"""
+    process = start_torchrun(folder, spied(folder, MULTIGPU, "{rank}"), *flags)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
     one, other = (torch.load(folder / f"last_{rank}.pt", weights_only=False) for rank in (0, 1))
     assert all(torch.equal(tensor, other[0][name]) for name, tensor in one[0].items())
     assert one[1].shape == (16, 2, 48, 48) and not np.array_equal(one[1], other[1]) and one[2] != other[2]
-    return done.stdout, one, other
+    return out, one, other
+
+
+def test_processes_of_torchrun_stop_together_and_save(tmp_path):
+    path = ROOT / "single_files" / f"{MULTIGPU}.py"
+    flags = [*FEW, "--total-timesteps", 10**6, "--checkpoint-interval", 64]
+    process = start_torchrun(tmp_path, path, *flags)
+    while not list(tmp_path.glob("runs/*/checkpoint.pt")) and process.poll() is None:
+        time.sleep(0.1)
+    time.sleep(1)
+    process.terminate()
+    out, err = process.communicate(timeout=60)
+    assert out.count("; --resume runs/") == 1 and "stopped" in out, err
+    step = saved_state(tmp_path, MULTIGPU)["global_step"]
+    assert f"goes on from step {step:,}" in out
+    process = start_torchrun(tmp_path, path, "--resume", run_folder(tmp_path), "--total-timesteps", step + 128)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and "evaluation" in out, err
 
 
 def test_processes_of_torchrun_learn_as_one(tmp_path):
