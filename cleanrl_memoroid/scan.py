@@ -188,9 +188,7 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *_):
-        raise RuntimeError(
-            "linear_scan: cannot be differentiated twice; use backend='ref' or associative_scan for second derivatives"
-        )
+        raise RuntimeError(scan_op.TWICE)
 
 
 def _plain(v):
@@ -252,7 +250,7 @@ def _canonical(decay, x, begins, h0, backend):
     return decay, x, h0, (steps, groups, channels.numel() // groups), module
 
 
-def _gradients(decay, x, begins, h0, out, grad_out, reverse, backend):
+def _gradients(decay, x, begins, h0, grad_out, reverse, backend):
     """Of decay, x and h0, as `_canonical` broadcasts them, for `linear_scan` outside a graph."""
     decay, x, h0, rows, module = _canonical(decay, x, begins, h0, backend)
     with torch.enable_grad():

@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 
 PLAIN = torch.Tensor, nn.Parameter
+TWICE = "linear_scan: cannot be differentiated twice; use backend='ref' or associative_scan for second derivatives"
 
 
 def transformed(*tensors):
@@ -50,39 +51,37 @@ def _(decay, x, begins, h0, reverse, backend):
 @torch.library.custom_op(
     "cleanrl_memoroid::linear_scan_backward",
     mutates_args=(),
-    schema=f"({ARGUMENTS}, Tensor out, Tensor grad_out, bool reverse, str backend) -> (Tensor, Tensor, Tensor)",
+    schema=f"({ARGUMENTS}, Tensor grad_out, bool reverse, str backend) -> (Tensor, Tensor, Tensor)",
 )
-def linear_scan_backward(decay, x, begins, h0, out, grad_out, reverse, backend):
-    """Gradients of decay, x and h0; of h0, an empty tensor where there is none."""
+def linear_scan_backward(decay, x, begins, h0, grad_out, reverse, backend):
+    """Gradients of decay, x and h0; of h0, an empty tensor where there is none. Runs the scan again, and so saves no rows."""
     from cleanrl_memoroid import scan
 
     with torch.no_grad():
-        grads = scan._gradients(decay, x, begins, h0, out, grad_out, reverse, backend)
+        grads = scan._gradients(decay, x, begins, h0, grad_out, reverse, backend)
     grads = [g.sum_to_size(v.shape).to(v.dtype).contiguous() for g, v in zip(grads, (decay, x, h0)) if v is not None]
     return tuple(grads) if h0 is not None else (*grads, x.new_empty(0))
 
 
 @linear_scan_backward.register_fake
-def _(decay, x, begins, h0, out, grad_out, reverse, backend):
+def _(decay, x, begins, h0, grad_out, reverse, backend):
     return torch.empty_like(decay), torch.empty_like(x), x.new_empty(0 if h0 is None else h0.shape)
 
 
 def setup_context(ctx, inputs, output):
     decay, x, begins, h0, ctx.reverse, ctx.backend = inputs
-    ctx.save_for_backward(decay, x, begins, h0, output)
+    ctx.save_for_backward(decay, x, begins, h0)
 
 
 def backward(ctx, grad_out):
-    decay, x, begins, h0, out = ctx.saved_tensors
+    decay, x, begins, h0 = ctx.saved_tensors
     gradients = GradientsForTorchFunc.apply if _in_torch_func() else linear_scan_backward
-    grads = gradients(decay, x, begins, h0, out, grad_out, ctx.reverse, ctx.backend)
+    grads = gradients(decay, x, begins, h0, grad_out, ctx.reverse, ctx.backend)
     return grads[0], grads[1], None, None if h0 is None else grads[2], None, None
 
 
 def once(ctx, *grads):
-    raise RuntimeError(
-        "linear_scan: cannot be differentiated twice; use backend='ref' or associative_scan for second derivatives"
-    )
+    raise RuntimeError(TWICE)
 
 
 linear_scan.register_autograd(backward, setup_context=setup_context)
