@@ -4,7 +4,7 @@
 # lines, a grid that is cut short has whole rows: of each seed first the gated LRU and DQN on the tasks with a published number,
 # then the other tasks, then LRU and the LSTM.
 source "$(dirname "$0")/grid.sh"
-ppo="--num-steps 64 --total-timesteps 1000000"
+ppo="--num-steps 128 --total-timesteps 1000000"
 dqn="--batch-size 1000 --train-frequency 32 --tau 0.05 --buffer-size 300000 --total-timesteps 300000"
 published="RepeatPrevious CountRecall RepeatFirst Autoencode NoisyPositionOnlyCartPole MultiarmedBandit HigherLower PositionOnlyCartPole"
 others="Concentration Battleship MineSweeper LabyrinthEscape LabyrinthExplore"
