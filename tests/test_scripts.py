@@ -38,6 +38,12 @@ PPO_LOGS = """charts/episodic_return charts/episodic_length charts/learning_rate
     losses/policy_loss losses/entropy losses/old_approx_kl losses/approx_kl losses/clipfrac losses/explained_variance
     losses/grad_norm losses/logprob_error eval/episodic_return"""
 
+SAPG_LOGS = """charts/episodic_return charts/episodic_length charts/learning_rate losses/value_loss losses/policy_loss
+    losses/entropy losses/approx_kl losses/clipfrac losses/explained_variance losses/grad_norm
+    losses/logprob_error sapg/effective_sample_size sapg/largest_weight sapg/clipfrac_borrowed
+    sapg/kl_between_policies sapg/return_0 sapg/return_1 sapg/return_2 sapg/return_3 sapg/std_0 sapg/std_1
+    sapg/std_2 sapg/std_3 eval/episodic_return"""
+
 
 class Script(NamedTuple):
     flags: str  # of a run of a second or two
@@ -66,6 +72,13 @@ SCRIPTS = {
     "ppo_tbb_linattn": Script(f"{PPO} --key-size 4 --value-size 4", PPO_LOGS, 0.95),
     "ppo_sbb_lstm": Script(PPO, PPO_LOGS, 0.95),
     "ppo_tbb_lru_continuous_action": Script(f"{PPO} --state-size 4", PPO_LOGS, 0.8, 200, "counting_env:CountingBox-v0"),
+    "sapg_tbb_lru_continuous_action": Script(
+        f"{PPO} --state-size 4 --max-prefix 20 --env-id popgym-PositionOnlyPendulumEasy-v0",
+        SAPG_LOGS,
+        1.8,
+        200,
+        "counting_env:CountingBox-v0",
+    ),
 }
 FAMILIES = ["dqn_tbb_ffm", "dqn_sbb_s5", "ppo_tbb_lru", "ppo_sbb_lstm", "ppo_tbb_lru_continuous_action"]
 every_script = pytest.mark.parametrize("script", SCRIPTS)
@@ -118,7 +131,9 @@ def test_equal_seeds_give_equal_runs_and_others_do_not(finished, tmp_path, scrip
     assert scalars(run_folder(folders[0]))[loss] != scalars(run_folder(folders[1]))[loss]
 
 
-@pytest.mark.parametrize("script", ["dqn_tbb_ffm", "dqn_sbb_s5", "ppo_tbb_lru", "ppo_tbb_lru_continuous_action"])
+@pytest.mark.parametrize(
+    "script", ["dqn_tbb_ffm", "dqn_sbb_s5", "ppo_tbb_lru", "ppo_tbb_lru_continuous_action", "sapg_tbb_lru_continuous_action"]
+)
 def test_a_killed_run_resumes_exactly(finished, tmp_path, script):
     kill_and_resume(finished(script)[0], tmp_path, SCRIPTS[script].flags.split(), [(3, 6)], script)
 
