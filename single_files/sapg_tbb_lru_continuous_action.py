@@ -132,8 +132,8 @@ class HillCar(gym.vector.VectorEnv):
     steepest pull: a car must swing itself up, by pushing the way it moves. To cross the right top is worth 2, a push `a` costs
     0.01 a^2, so to do nothing is a local optimum. The time limit is 64 steps.
 
-    With `cue`, both hills are low. A second number, shown in the first step of an episode only, says which top is worth 2
-    (-1: left, 1: right); the other one costs 1. Then memory must hold the cue for the whole episode.
+    With `cue`, both hills are low and the car is strong, but the brake holds it for 16 steps. A second number, shown in the
+    first step of an episode only, says which top is worth 2 (-1: left, 1: right); the other one costs 1.
     """
 
     envs = ()  # there is no list of environments to save: the cars are in the checkpoint themselves
@@ -169,7 +169,9 @@ class HillCar(gym.vector.VectorEnv):
     def step(self, actions):
         push = actions[:, 0].astype(np.float64)
         height = np.where((self.x < 0) & (not self.cue), 2, 1)
-        self.v = self.v + 0.25 * (0.5 * push.clip(-1, 1) - np.pi / 2 * height * np.sin(np.pi * self.x))
+        force = (2 if self.cue else 0.5) * push.clip(-1, 1)
+        self.v = self.v + 0.25 * (force - np.pi / 2 * height * np.sin(np.pi * self.x))
+        self.v = np.where(self.t < 16 * self.cue, 0, self.v)
         self.x = self.x + 0.25 * self.v
         self.t, self.steps = self.t + 1, self.steps + 1
         if self.steps % 4 == 0:

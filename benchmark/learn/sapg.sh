@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# SAPG and what it is made of, on the hill car: bash benchmark/learn/sapg.sh. SEEDS="1 2 3" chooses seeds, of 7 minutes of one
-# core each; all arms of a seed run before the next seed.
+# SAPG and what it is made of, on the hill car; whose memory should read borrowed rows, on the one with a cue; how costs grow with
+# the number of environments; HalfCheetah: bash benchmark/learn/sapg.sh. SEEDS="1 2 3" chooses seeds of the first two, of 8 and 2
+# minutes of one core each; all arms of a seed run before the next seed.
 source "$(dirname "$0")/grid.sh"
 script=single_files/sapg_tbb_lru_continuous_action.py
 
@@ -31,3 +32,39 @@ for seed in ${SEEDS:-1 2 3 4 5}; do
         echo "$arm: $script --env-id HillCar-v0 --seed $seed --eval-episodes 512 --checkpoint-interval 0 $flags"
     done
 done | grid sapg "$@"
+
+cue() {
+    cat <<'ARMS'
+SAPG:
+stored states: --borrowed-state stored
+data dropped: --aggregation none
+PPO: --num-policies 1
+disjoint: --sharing disjoint
+disjoint, stored states: --sharing disjoint --borrowed-state stored
+ARMS
+}
+
+for seed in ${SEEDS:-1 2 3 4 5}; do
+    cue | while IFS=: read -r arm flags; do
+        echo "$arm: $script --env-id HillCarCue-v0 --seed $seed --total-timesteps 1507328 --eval-episodes 512" \
+            "--checkpoint-interval 0 $flags"
+    done
+done | grid sapg_cue "$@"
+
+for seed in 1 2 3; do # the steps of 60 rollouts at 1,024 environments
+    for envs in 256 4096; do
+        for arm in "PPO:--num-policies 1" SAPG:; do
+            echo "${arm%%:*}, $envs environments: $script --env-id HillCar-v0 --seed $seed --eval-episodes 512 --num-envs $envs" \
+                "--checkpoint-interval 0 ${arm#*:}"
+        done
+    done
+done | grid sapg_envs "$@"
+
+# Where SAPG is not needed, it must not hurt: 64 copies of HalfCheetah, with rewards scaled and no borrowed time limits
+cheetah="--env-id HalfCheetah-v5 --num-envs 64 --num-steps 128 --max-prefix 128 --total-timesteps 1000000 --learning-rate 1e-3
+    --hidden-size 64 --state-size 32 --norm-reward --anneal-lr --std-min 0.05 --eval-episodes 20 --checkpoint-interval 0"
+for seed in 1 2 3; do
+    for arm in "PPO:--num-policies 1" "SAPG:--entropy-scale 0.005"; do
+        echo "${arm%%:*}: $script --seed $seed $cheetah ${arm#*:}"
+    done
+done | grid sapg_cheetah "$@"
