@@ -182,6 +182,31 @@ def grid_picture(rows, curve, intervals, path, axis_name):
     save(figure, path)
 
 
+def arms_picture(rows, curve, path):
+    """Training return against steps: a panel per arm, every seed; the first arm's lie in grey behind the others'."""
+    points = grouped(curve, lambda point: point["key"])
+    arms = grouped([row for row in rows if row["key"] in points], lambda row: row["arm"])
+    columns = min(len(arms), COLUMNS)
+    lines = -(-len(arms) // columns)
+    figure, axes = begin(lines, columns, (2.4 * columns, 1.8 * lines + 0.4), sharex=True, sharey=True)
+    first = next(iter(arms))
+    for axis, (arm, cell) in zip(axes.flat, arms.items()):
+        behind = [] if arm == first else arms[first]
+        for row in [*behind, *cell]:
+            line = line_of(points[row["key"]], "global_step")
+            color, width = ("0.75", 0.8) if row["arm"] != arm else ("C0" if arm == first else "C3", 1.2)
+            axis.plot(line[0] / 1e6, line[1], color=color, linewidth=width)
+        axis.set_title(arm, fontsize=9)
+        axis.grid(alpha=0.3)
+    for axis in axes[-1]:
+        axis.set_xlabel("million steps")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("training return")
+    for axis in axes.flat[len(arms) :]:
+        axis.remove()
+    save(figure, path)
+
+
 def lacking(cell, name):
     """What a cell of a grid lacks, in words: "tape: 1 of 3 runs done, 1 failed", or "" if nothing."""
     done, failed = (sum(row["state"] == state for row in cell) for state in ("done", "failed"))

@@ -16,7 +16,8 @@ from tables import natural, read_rows
 BINS = 40  # points of a curve
 WINDOW = 100  # recent episodes whose mean return says what an agent in training can do
 GOAL = 0.95  # of 1, the largest return of a task of POPGym
-RESULTS = "greedy_return lowest episodes training_return steps_to_goal seconds_to_goal steps_to_half".split()
+RESULTS = "greedy_return lowest episodes training_return steps_to_goal seconds_to_goal steps_to_half metrics".split()
+COMMON = "charts", "losses", "eval"  # what every script logs; what else one logs is in the column `metrics`
 
 
 def read_events(folder):
@@ -52,6 +53,13 @@ def reached(training, goal, start):
         return "", ""
     event = training[WINDOW - 1 + int(np.argmax(means >= goal - 1e-9))]
     return event.step, f"{event.wall_time - start:.1f}"
+
+
+def own_metrics(events, total_timesteps):
+    """{name: its mean over the last tenth of the steps} of what only this kind of script logs, as JSON; or ""."""
+    tags = [tag for tag in events.Tags()["scalars"] if tag.split("/")[0] not in COMMON]
+    late = {tag: [e.value for e in events.Scalars(tag) if e.step > 0.9 * total_timesteps] for tag in tags}
+    return json.dumps({tag: round(float(np.mean(values)), 4) for tag, values in late.items() if values}) if tags else ""
 
 
 def portable(text, root):
@@ -120,6 +128,7 @@ def read_record(path, root):
     row["training_return"] = f"{np.mean([e.value for e in training[-WINDOW:]]):.4f}"
     row["steps_to_goal"], row["seconds_to_goal"] = reached(training, GOAL, start)
     row["total_timesteps"] = total = record["total_timesteps"] or saved_timesteps(folder) or max(e.step for e in training)
+    row["metrics"] = own_metrics(events, total)
     curve = learning_curve(training, total, start)
     row["steps_to_half"] = next((point["global_step"] for point in curve if float(point["episodic_return"]) >= 0.5), "")
     if record.get("resumed"):

@@ -13,10 +13,11 @@ What benchmark/speed measures lies in benchmark/results/machines/MACHINE; the ma
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import numpy as np
-from curves import grid_picture, interval_rows, memory_length_picture, scan_picture, update_picture
+from curves import arms_picture, grid_picture, interval_rows, memory_length_picture, scan_picture, update_picture
 from records import GOAL, WINDOW, read_grids
 from tables import fill, grouped, markdown, natural, read_rows, task_name, write_rows
 
@@ -174,9 +175,54 @@ def run_table(rows, name):
     return where + markdown(table, columns) + trouble(rows)
 
 
+def in_order(rows, name):
+    """Rows by their arms, in the order of the grid's lines: its first arm is what the others are compared with."""
+    lines = (Path(__file__).parents[1] / "learn" / f"{name.split('_')[0]}.sh").read_text()
+    return sorted(rows, key=lambda row: (lines.find(f"\n{row['arm']}:") % len(lines), natural(row["arm"]), int(row["seed"])))
+
+
+def each_text(values):
+    """Mean ± standard deviation, and every seed."""
+    mean = f"{np.mean(values):.2f}" + (f" ± {np.std(values):.2f}" if len(values) > 1 else "")
+    return f"{mean} ({', '.join(f'{value:.2f}' for value in values)})" if values else ""
+
+
+def sapg_table(rows, curve):
+    """The leader's return of each arm at the end of training, greedily, and how soon; how far apart its policies are."""
+    returns = {
+        key: [float(p["episodic_return"]) for p in points] for key, points in grouped(curve, lambda p: p["key"]).items()
+    }
+    steps = {key: [int(p["global_step"]) for p in points] for key, points in grouped(curve, lambda p: p["key"]).items()}
+    late = {key: float(np.mean(values[-max(1, len(values) // 10) :])) for key, values in returns.items()}
+    arms = grouped([row for row in rows if row["state"] == "done"], lambda row: row["arm"])
+    best, table = max(np.mean([late[row["key"]] for row in cell]) for cell in arms.values()), []
+    for arm, cell in arms.items():
+        metrics = [json.loads(row["metrics"] or "{}") for row in cell]
+        soon = [
+            next((s for s, value in zip(steps[row["key"]], returns[row["key"]]) if value >= 0.8 * best), None) for row in cell
+        ]
+        apart = []
+        for name in ("coverage", "kl_between_policies", "effective_sample_size"):
+            found = [m[f"sapg/{name}"] for m in metrics if f"sapg/{name}" in m]
+            apart.append(f"{np.mean(found):.2f}" if found else "-")
+        table.append(
+            {
+                "arm": arm,
+                "last tenth of training": each_text([late[row["key"]] for row in cell]),
+                "greedy": each_text([final_return(row) for row in cell]),
+                "80 % of the best from (million steps)": ", ".join("never" if s is None else f"{s / 1e6:.2f}" for s in soon),
+                "coverage, KL, ESS": ", ".join(apart),
+                "CPU s": f"{np.mean([float(row['cpu_seconds']) for row in cell]):.0f}",
+            }
+        )
+    return f"{evaluation_text(rows)}\n\n{markdown(table, list(table[0]))}{trouble(rows)}"
+
+
 def grid_table(folder):
     """The table of a grid, from its folder of CSV files."""
     rows, _ = read_rows(folder / "runs.csv")
+    if folder.name.split("_")[0] == "sapg":
+        return sapg_table(in_order(rows, folder.name), read_rows(folder / "curves.csv")[0])
     if folder.name == "race":
         return race_table(rows)
     if folder.name == "dqn_popgym":
@@ -221,6 +267,9 @@ def draw(results):
 
     for folder in sorted(path.parent for path in results.glob("*/intervals.csv")):
         found = [rows(folder, name) for name in ("runs", "curves", "intervals")]
+        if folder.name.split("_")[0] == "sapg":
+            arms_picture(in_order(found[0], folder.name), found[1], folder / "picture.svg")
+            continue
         grid_picture(*found, folder / "picture.svg", "steps")
         if len({row["arm"] for row in found[0]}) > 1 and all(point["seconds"] for point in found[1]):  # arms to compare
             grid_picture(*found, folder / "seconds.svg", "seconds")
