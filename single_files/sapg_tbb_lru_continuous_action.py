@@ -703,11 +703,12 @@ if __name__ == "__main__":
                 policy, value, states = agent(obs[:, columns], begins[:, columns], before, borrowers)
             old_logprobs = log_prob(policy, actions[:, columns])
             returns = rewards[:, columns] + args.gamma * values_of_next(agent, rollout, value, states, columns, borrowers)
-            borrowed = obs, begins, actions, old_logprobs, logprobs, returns - value, returns
-            batch = [torch.cat([v, b if len(b[0]) == len(columns) else b[:, columns]], 1) for v, b in zip(batch, borrowed)]
+            acted_rows = [v[:, columns] for v in (obs, begins, actions, logprobs)]
+            borrowed = *acted_rows[:3], old_logprobs, acted_rows[3], returns - value, returns
+            batch = [torch.cat(pair, 1) for pair in zip(batch, borrowed)]
             readers, front = torch.cat([ids, borrowers]), torch.cat([front, before])
             own = torch.cat([own, torch.zeros_like(borrowers, dtype=torch.bool)])
-            mu = (old_logprobs - logprobs[:, columns]).exp()
+            mu = (old_logprobs - acted_rows[3]).exp()
             writer.add_scalar("sapg/effective_sample_size", mu.sum() ** 2 / (mu**2).sum() / mu.numel(), global_step)
             writer.add_scalar("sapg/largest_weight", mu.max(), global_step)
         if args.norm_adv:

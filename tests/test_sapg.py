@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from scripts import kill_and_resume, load_script, model, run
+from scripts import fails, kill_and_resume, load_script, model, run, run_folder, scalars
 
 SCRIPT = "sapg_tbb_lru_continuous_action"
 sapg = load_script(SCRIPT)
@@ -186,7 +186,8 @@ def test_the_carried_tape_knows_what_acting_step_by_step_knows(max_prefix, shari
     """At every rollout, for columns whose episodes began in any earlier one, or have just begun."""
     agent, ids = make_agent(sharing=sharing), torch.arange(8) // 2
     obs, begins = make_rows(40, 8, share=0.08)
-    begins[0] = True
+    begins[0], begins[10, 1:], begins[:21, 0] = True, True, False  # column 0: the longest episode, which ends before row 20
+    begins[[0, 20], 0] = True
     tape, everything = sapg.CarriedColumns(obs, begins, zeros(8)), torch.arange(8)
     for end in range(4, 40, 4):
         tape.add(obs[end - 4 : end], begins[end - 4 : end], begins[end], max_prefix, agent, ids)
@@ -218,6 +219,7 @@ def test_rescan_is_the_leader_stepping_through_the_same_rows_and_stored_is_not(l
 def test_the_scan_of_the_package_is_that_of_the_file_alone(monkeypatch):
     agent, ids = make_agent(), torch.arange(4)
     obs, begins = make_rows(9, 4)
+    begins[0] = torch.tensor([1, 0, 1, 0])
     state = torch.randn(4, 4, dtype=torch.complex64)
     found = []
     for scan in (sapg.linear_scan, None):
@@ -249,6 +251,21 @@ def test_shared_and_disjoint_networks_have_as_many_weights_as_the_page_says():
         for sharing in ("latent", "disjoint")
     ]
     assert sizes == [5142, 18252]
+
+
+@pytest.mark.parametrize(
+    "arm", ["", "--sharing disjoint", "--aggregation symmetric", "--borrowed-state stored", "--max-prefix 3"]
+)
+def test_before_the_first_update_every_row_is_read_as_it_was(tmp_path, arm):
+    """Borrowed ones, too: of all rows, those of the first minibatch. Standard deviations stay in their bounds."""
+    flags = [*SHORT.split(), "--total-timesteps", "1280", "--learning-rate", "0.05", "--std-min", "0.45", "--std-max", "0.55"]
+    run(tmp_path, *flags, *arm.split(), script=SCRIPT)
+    logged = scalars(run_folder(tmp_path))
+    assert len(logged["losses/logprob_error"]) == 10 and max(v for _, v in logged["losses/logprob_error"]) < 1e-4
+    weights = [v for _, v in logged["sapg/effective_sample_size"]]
+    assert weights[0] > 0.9 and min(weights) < 0.99 and max(v for _, v in logged["sapg/largest_weight"]) > 1
+    stds = [v for i in range(4) for _, v in logged[f"sapg/std_{i}"]]
+    assert 0.4499 < min(stds) < max(stds) < 0.5501
 
 
 # ---- the hill car
@@ -318,8 +335,6 @@ def test_a_killed_run_of_hill_cars_resumes_exactly(tmp_path):
 
 
 def test_flags_that_do_not_fit_together_are_refused(tmp_path):
-    from scripts import fails
-
     for flags, message in [
         ("--num-envs 30", "--num-envs 30: expected a multiple of --num-policies 4"),
         ("--off-policy-ratio 4", "--off-policy-ratio: expected at most 3 (--num-policies less the leader), got 4; lower it"),
