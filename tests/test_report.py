@@ -207,6 +207,53 @@ def test_a_published_number_stands_beside_ours(report, root, means_of_runs):
     assert "| A-v0 | 100 | 0.250 (1 of 2 done, 1 unfinished) | 0.750 ± 0.150 (2 of 3 done, 1 failed) | 0.9 |" in text
 
 
+def test_the_board_says_where_the_better_arm_reaches_what_was_published(report):
+    def row(level, arm, seed, greedy, state="done"):
+        key = f"{level}{arm}{seed}"
+        row = dict.fromkeys("device commit dirty training_return".split(), "") | {"key": key, "env_id": f"popgym-A{level}-v0"}
+        return row | {"arm": arm, "seed": seed, "greedy_return": greedy, "state": state, "episodes": 9, "cpu_seconds": 7}
+
+    rows = [row("Hard", "PPO, gated LRU", 2, 0.4), row("Hard", "PPO, gated LRU", 1, 0.2), row("Hard", "DQN, FFM", 1, 0.1)]
+    rows += [row("Easy", "DQN, FFM", 1, 0.899), row("Easy", "PPO, LSTM", 1, ""), row("Medium", "PPO, LSTM", 1, 0.5)]
+    rows[4]["state"] = "waiting"
+    curve = [
+        {"key": row["key"], "episodic_return": value} for row in rows for value in (0.1, 0.6, 0.3) if row["state"] == "done"
+    ]
+    published = [{"env_id": f"popgym-A{level}-v0", "gru": 0.3, "best": 0.9, "best_memory": "X"} for level in ("Hard", "Easy")]
+    text = report.board_table(rows, curve, published, "Of a paper.")
+    assert "Of 2 environments that have a published number and a run, the better" in text
+    assert "reaches GRU's in 2 and the best of thirteen memories' in 1 " in text and "that best on A Hard. CPU" in text
+    head, _, *lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert head == "| environment | PPO, gated LRU | DQN, FFM | PPO, LSTM | published GRU, best |"
+    assert lines == [
+        "| A Easy |  | 0.90 (0.60) |  | 0.30, 0.90 |",
+        "| A Medium |  |  | 0.50 (0.60) |  |",
+        "| A Hard | 0.20, 0.40 (0.60) | 0.10 (0.60) |  | 0.30, 0.90 |",
+    ]
+    assert "1 runs of the grid are still to be done" in text
+
+
+def test_the_table_of_sapg_shows_the_end_of_training_and_how_soon(report, root, means_of_runs):
+    shutil.rmtree(root / "runs")
+    for seed, late in ((1, 2.0), (2, 1.0)):
+        training = [(10 * i, i, late if i >= 8 - seed else 0.0) for i in range(1, 11)]
+        add_run(root, "SAPG", seed, training, [late], grid="sapg", cpu_seconds=30.0)
+    add_run(root, "PPO", 1, steady(0.0), [0.0], grid="sapg", cpu_seconds=20.0)
+    path = next((root / "runs" / "grids" / "sapg" / "SAPG-1" / "runs").glob("*/events*"))
+    with open(path, "ab") as file:
+        for step, value in ((50, 9.0), (95, 0.2), (100, 0.4)):
+            summary = Summary(value=[Summary.Value(tag="sapg/coverage", simple_value=value)])
+            RecordWriter(file).write(Event(wall_time=STARTED, step=step, summary=summary).SerializeToString())
+    (root / "README.md").write_text("<!-- results: sapg -->\n<!-- end results -->\n")
+    collect(report, root)
+    text = make(root, "--runs", "", "--no-pictures")
+    lines = [line for line in text.splitlines() if line.startswith("|")][2:]
+    assert lines == [  # 80 % of 1.5, the mean of the best arm
+        "| SAPG | 1.50 ± 0.50 (2.00, 1.00) | 1.50 ± 0.50 (2.00, 1.00) | 0.00, never | 0.30, -, - | 30 |",
+        "| PPO | 0.00 (0.00) | 0.00 (0.00) | never | -, -, - | 20 |",
+    ]
+
+
 def test_batching_is_read_off_script_and_flags(report):
     import records
 

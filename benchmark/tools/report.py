@@ -17,7 +17,15 @@ import json
 from pathlib import Path
 
 import numpy as np
-from curves import arms_picture, grid_picture, interval_rows, memory_length_picture, scan_picture, update_picture
+from curves import (
+    arms_picture,
+    board_picture,
+    grid_picture,
+    interval_rows,
+    memory_length_picture,
+    scan_picture,
+    update_picture,
+)
 from records import GOAL, WINDOW, read_grids
 from tables import fill, grouped, markdown, natural, read_rows, task_name, write_rows
 
@@ -175,6 +183,66 @@ def run_table(rows, name):
     return where + markdown(table, columns) + trouble(rows)
 
 
+LEVELS = "Easy", "Medium", "Hard"
+MAIN_ARMS = "PPO, gated LRU", "DQN, FFM"  # of the board, which other arms stand beside
+
+
+def board_cells(rows, curve, published):
+    """[{task, level, arm: (greedy returns, best of training), "gru", "best", "ours"}] of the board, a row per environment.
+
+    Best of training: the largest mean return over a fortieth of the steps, of any seed. Ours: of the arm with the best mean
+    greedy return; None while no run has ended.
+    """
+    best = {
+        key: max(float(p["episodic_return"]) for p in points) for key, points in grouped(curve, lambda p: p["key"]).items()
+    }
+    theirs, cells = {row["env_id"]: row for row in published}, []
+    for env_id, members in grouped(rows, lambda row: row["env_id"]).items():
+        level = next(level for level in LEVELS if f"{level}-v" in env_id)
+        cell = {"task": env_id.removeprefix("popgym-").split(level)[0], "level": level, "arms": {}}
+        for arm, runs in grouped(members, lambda row: row["arm"]).items():
+            done = sorted((row for row in runs if row["state"] == "done"), key=lambda row: int(row["seed"]))
+            if done:
+                cell["arms"][arm] = [final_return(row) for row in done], max(best.get(row["key"], np.nan) for row in done)
+        means = [np.mean(greedy) for greedy, _ in cell["arms"].values()]
+        cell |= {name: theirs.get(env_id, {}).get(name, "") for name in ("gru", "best", "best_memory")}
+        cells.append(cell | {"ours": max(means, default=None)})
+    return sorted(cells, key=lambda cell: (cell["task"], LEVELS.index(cell["level"])))
+
+
+def board_table(rows, curve, published, source):
+    """Environments as rows, arms as columns, and beside them the published GRU and the best of thirteen memories."""
+    cells = board_cells(rows, curve, published)
+    arms = sorted({row["arm"] for row in rows}, key=lambda arm: (arm not in MAIN_ARMS, natural(arm)))
+    arms, table = [*MAIN_ARMS, *(arm for arm in arms if arm not in MAIN_ARMS)], []
+    for cell in cells:
+        row = {"environment": f"{cell['task']} {cell['level']}"}
+        for arm in arms:
+            greedy, best = cell["arms"].get(arm, ([], None))
+            row[arm] = f"{', '.join(f'{value:.2f}' for value in greedy)} ({best:.2f})" if greedy else ""
+        table.append(
+            row | {"published GRU, best": f"{float(cell['gru']):.2f}, {float(cell['best']):.2f}" if cell["gru"] else ""}
+        )
+    both = [cell for cell in cells if cell["gru"] and cell["ours"] is not None]
+    gru, best = (sum(cell["ours"] >= float(cell[name]) - 0.005 for cell in both) for name in ("gru", "best"))
+    short = [f"{cell['task']} {cell['level']}" for cell in both if cell["ours"] < float(cell["best"]) - 0.005]
+    seconds = {}
+    for arm in arms:
+        found = [float(row["cpu_seconds"]) for row in rows if row["arm"] == arm and row["state"] == "done"]
+        seconds[arm] = f"{arm} {min(found):.0f} to {max(found):.0f}" if found else ""
+    seconds = "; ".join(text for text in seconds.values() if text)
+    text = (
+        f"{evaluation_text(rows)}. Each seed has its greedy return, and in brackets is the best of training. Of {len(both)} "
+        f"environments that have a published number and a run, the better of these arms reaches GRU's in {gru} and the best of thirteen "
+        f"memories' in {best} (to 0.005, which is how exact those numbers are). It stays below that best on "
+        f"{', '.join(short) or 'none'}. CPU seconds per run: {seconds}. {source}"
+    )
+    waiting = sum(row["state"] not in ("done", "failed") for row in rows)
+    failed = trouble([row for row in rows if row["state"] == "failed"])
+    note = f"\n\n{waiting} runs of the grid are still to be done: an empty cell is one of them." if waiting else ""
+    return f"{text}\n\n{markdown(table, list(table[0]))}{note}{failed}"
+
+
 def in_order(rows, name):
     """Rows by their arms, in the order of the grid's lines: its first arm is what the others are compared with."""
     lines = (Path(__file__).parents[1] / "learn" / f"{name.split('_')[0]}.sh").read_text()
@@ -223,6 +291,8 @@ def grid_table(folder):
     rows, _ = read_rows(folder / "runs.csv")
     if folder.name.split("_")[0] == "sapg":
         return sapg_table(in_order(rows, folder.name), read_rows(folder / "curves.csv")[0])
+    if folder.name == "popgym_board":
+        return board_table(rows, read_rows(folder / "curves.csv")[0], *read_rows(folder / "reference.csv"))
     if folder.name == "race":
         return race_table(rows)
     if folder.name == "dqn_popgym":
@@ -269,6 +339,9 @@ def draw(results):
         found = [rows(folder, name) for name in ("runs", "curves", "intervals")]
         if folder.name.split("_")[0] == "sapg":
             arms_picture(in_order(found[0], folder.name), found[1], folder / "picture.svg")
+            continue
+        if folder.name == "popgym_board":
+            board_picture(board_cells(found[0], found[1], rows(folder, "reference")), folder / "picture.svg")
             continue
         grid_picture(*found, folder / "picture.svg", "steps")
         if len({row["arm"] for row in found[0]}) > 1 and all(point["seconds"] for point in found[1]):  # arms to compare
