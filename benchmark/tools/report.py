@@ -233,8 +233,8 @@ def board_table(rows, curve, published, source):
     seconds = "; ".join(text for text in seconds.values() if text)
     text = (
         f"{evaluation_text(rows)}. Each seed has its greedy return, and in brackets is the best of training. Of {len(both)} "
-        f"environments that have a published number and a run, the better of these arms reaches GRU's in {gru} and the best of thirteen "
-        f"memories' in {best} (to 0.005, which is how exact those numbers are). It stays below that best on "
+        f"environments that have a published number and a run, the better of these arms reaches GRU's in {gru} and the best of "
+        f"thirteen memories' in {best} (to 0.005, which is how exact those numbers are). It stays below that best on "
         f"{', '.join(short) or 'none'}. CPU seconds per run: {seconds}. {source}"
     )
     waiting = sum(row["state"] not in ("done", "failed") for row in rows)
