@@ -222,7 +222,7 @@ def test_the_board_says_where_the_better_arm_reaches_what_was_published(report):
     published = [{"env_id": f"popgym-A{level}-v0", "gru": 0.3, "best": 0.9, "best_memory": "X"} for level in ("Hard", "Easy")]
     text = report.board_table(rows, curve, published, "Of a paper.")
     assert "Of 2 environments that have a published number and a run, the better" in text
-    assert "reaches GRU's in 2 and the best of thirteen memories' in 1 " in text and "that best on A Hard. CPU" in text
+    assert "reaches GRU's in 2 and the best of thirteen memories' in 1 (" in text and "that best on A Hard. CPU" in text
     head, _, *lines = [line for line in text.splitlines() if line.startswith("|")]
     assert head == "| environment | PPO, gated LRU | DQN, FFM | PPO, LSTM | published GRU, best |"
     assert lines == [

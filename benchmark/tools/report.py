@@ -231,10 +231,10 @@ def board_table(rows, curve, published, source):
         found = [float(row["cpu_seconds"]) for row in rows if row["arm"] == arm and row["state"] == "done"]
         seconds[arm] = f"{arm} {min(found):.0f} to {max(found):.0f}" if found else ""
     seconds = "; ".join(text for text in seconds.values() if text)
+    reached = f"reaches GRU's in {gru} and the best of thirteen memories' in {best} (to 0.005, as exact as those numbers are)"
     text = (
         f"{evaluation_text(rows)}. Each seed has its greedy return, and in brackets is the best of training. Of {len(both)} "
-        f"environments that have a published number and a run, the better of these arms reaches GRU's in {gru} and the best of "
-        f"thirteen memories' in {best} (to 0.005, which is how exact those numbers are). It stays below that best on "
+        f"environments that have a published number and a run, the better of these arms {reached}. It stays below that best on "
         f"{', '.join(short) or 'none'}. CPU seconds per run: {seconds}. {source}"
     )
     waiting = sum(row["state"] not in ("done", "failed") for row in rows)
