@@ -234,8 +234,8 @@ def board_table(rows, curve, published, source):
     reached = f"reaches GRU's in {gru} and the best of thirteen memories' in {best} (to 0.005, as exact as those numbers are)"
     text = (
         f"{evaluation_text(rows)}. Each seed has its greedy return, and in brackets is the best of training. Of {len(both)} "
-        f"environments that have a published number and a run, the better of these arms {reached}. It stays below that best on "
-        f"{', '.join(short) or 'none'}. CPU seconds per run: {seconds}. {source}"
+        f"environments that have a published number and a run, the better of these arms {reached}. It stays below that best "
+        f"on {', '.join(short) or 'none'}. CPU seconds per run: {seconds}. {source}"
     )
     waiting = sum(row["state"] not in ("done", "failed") for row in rows)
     failed = trouble([row for row in rows if row["state"] == "failed"])
