@@ -3,7 +3,7 @@
 # L2L: Andrychowicz et al. (2016), "Learning to learn by gradient descent by gradient descent", https://arxiv.org/abs/1606.04474
 """Optim4RL: an optimiser that is learned on reinforcement learning itself, a small GRU that turns gradients into updates.
 
-    python single_files/optim4rl.py                           # meta-trains on Catch, then tests on fresh agents beside Adam
+    python single_files/optim4rl.py                           # meta-trains on Catch, tests on fresh agents beside Adam
     python single_files/optim4rl.py --env-id grid             # another task: catch, grid or cartpole
     python single_files/optim4rl.py --identity                # can a network with this gradient processing copy its input?
     python single_files/optim4rl.py --resume runs/RUN         # continue a killed run exactly
@@ -12,8 +12,8 @@
 Many small agents learn side by side by A2C. After each window of N updates, the optimiser itself is updated, such that the
 agents' next gradients agree with what it did. Gradients are recorded on a tape and never differentiated through.
 
-Copy this file into your project and edit it: the import from cleanrl_memoroid is optional. `LearnedOptimizer` has the interface
-of torch.optim. Shapes: K agents, E environments each, P weights of an agent, N updates of a window, S sampled coordinates.
+Copy this file into your project and edit it: the import from cleanrl_memoroid is optional. `LearnedOptimizer` is used as those
+of torch.optim are. Shapes: K agents, E environments each, P weights of an agent, N updates of a window, S sampled coordinates.
 """
 
 import os
@@ -75,7 +75,7 @@ class Args:
     max_grad_norm: float = 0.5  # the maximum norm of the optimiser's gradient
     num_validations: int = 4  # how often, evenly spread, fresh agents rate the optimiser; the best is kept; 0: the last is
     valid_agents: int = 4  # the number of those agents
-    test_agents: int = 6  # fresh agents that each optimiser is tested on; 0: no test
+    test_agents: int = 16  # fresh agents that each optimiser is tested on; 0: no test
     test_updates: int = 200  # updates of each of them (updates)
 
     # Memory specific arguments
@@ -542,6 +542,7 @@ if __name__ == "__main__":
     writer.add_text("hyperparameters", "\n".join(["|param|value|\n|-|-|", *(f"|{k}|{v}|" for k, v in vars(args).items())]))
     stop = catch_stop_signals()  # empty until Ctrl-C or SIGTERM asks for an end
     # TRY NOT TO MODIFY: start
+    start_time = time.process_time()
     agents, window, skipped, renewed = Agents(args.env_id, args.num_agents, args), 0, 0, 0
     coordinates = agents.theta.numel()
     memory, tape = cell.initial_state(coordinates), torch.zeros(args.num_updates, *agents.theta.shape)
@@ -613,9 +614,8 @@ if __name__ == "__main__":
     catch_stop_signals(on=False)
     cell.load_state_dict(best or cell.state_dict())
     save(f"{run_dir}/model.pt", {"script": script, "args": asdict(args), "cell": cell.state_dict()})
-    print(
-        f"meta-trained for {window} windows; {skipped} skipped, {renewed} agents renewed; the optimiser is {run_dir}/model.pt"
-    )
+    seconds = f"{time.process_time() - start_time:.1f} seconds of CPU; {skipped} skipped, {renewed} agents renewed"
+    print(f"meta-trained for {window} windows, {seconds}; the optimiser is {run_dir}/model.pt")
     if args.test_agents:
         meta_test(cell, args, writer)
     writer.close()
