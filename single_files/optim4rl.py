@@ -77,6 +77,7 @@ class Args:
     valid_agents: int = 4  # the number of those agents
     test_agents: int = 16  # fresh agents that each optimiser is tested on; 0: no test
     test_updates: int = 200  # updates of each of them (updates)
+    baselines: bool = True  # if toggled, known optimisers are tested beside it, each at five rates
 
     # Memory specific arguments
     structure: Literal["adaptive", "linear", "momentum", "raw"] = "adaptive"  # what the network's outputs mean
@@ -492,7 +493,7 @@ def meta_test(cell, args, writer=None):
     torch.manual_seed(seed)
     lines[args.exp_name] = test_cell(cell, args.env_id, args.test_agents, args, seed)
     lines["untrained"] = test_cell(make_cell(args), args.env_id, args.test_agents, args, seed)
-    for name in BASELINES:
+    for name in BASELINES if args.baselines else ():
         for rate, returns in zip(RATES, test_baseline(name, args.env_id, args.test_agents, args, seed).unbind(1)):
             lines[f"{name} {rate:g}"] = returns
     for name, returns in lines.items():
@@ -501,6 +502,10 @@ def meta_test(cell, args, writer=None):
         )
         for n, value in enumerate(returns.mean(1).tolist() if writer else ()):
             writer.add_scalar(f"test/{name}", value, n)
+            if name == args.exp_name:
+                writer.add_scalar("eval/episodic_return", value, n)
+        for what, value in summary(returns).items() if writer else ():
+            writer.add_scalar(f"test_{what}/{name}", value, args.num_windows)
     return lines
 
 
@@ -605,9 +610,10 @@ if __name__ == "__main__":
             if auc > best_auc:
                 best, best_auc = {name: v.clone() for name, v in cell.state_dict().items()}, auc
         # TRY NOT TO MODIFY: record what happens
-        logs = {"meta_loss": loss, "grad_norm": grad_norm, "return": agents.recent.nanmean(), "skipped": skipped}
-        for name, value in {**logs, "renewed": renewed, "gradient_size": g.abs().mean()}.items():
+        logs = {"meta_loss": loss, "grad_norm": grad_norm, "skipped": skipped, "renewed": renewed}
+        for name, value in {**logs, "gradient_size": g.abs().mean()}.items():
             writer.add_scalar(f"meta/{name}", value, window)
+        writer.add_scalar("charts/episodic_return", agents.recent.nanmean(), window)  # of the agents in training
         bar.set_postfix(episodic_return=agents.recent.nanmean().item(), refresh=False)
         bar.update(window - bar.n)
     bar.close()

@@ -141,7 +141,7 @@ def saved_timesteps(folder):
     import torch
 
     model = folder / "model.pt"
-    return torch.load(model, map_location="cpu", weights_only=True)["args"]["total_timesteps"] if model.exists() else None
+    return torch.load(model, map_location="cpu", weights_only=True)["args"].get("total_timesteps") if model.exists() else None
 
 
 def merge(rows, curve, old_rows, old_curve):
