@@ -1,5 +1,7 @@
 """A learned optimiser: its gradient, its cells, the agents that it trains, and its life as a script."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -334,6 +336,7 @@ def test_a_stopped_run_resumes_exactly(tmp_path, script):
         folder.mkdir()
     run(whole, *SHORT.split(), script=script)
     run(part, *SHORT.split(), "--num-windows", 4, "--test-agents", 0, script=script)  # its last checkpoint is of window 3
+    time.sleep(1.1)  # the names of TensorBoard's files hold the second, and are read in order
     run(part, "--resume", run_folder(part), "--num-windows", 6, "--test-agents", 2, script=script)
     one, two = (scalars(run_folder(folder)) for folder in (whole, part))
     assert one["meta/meta_loss"] == two["meta/meta_loss"] and one[f"test/{script}"] == two[f"test/{script}"]
