@@ -236,14 +236,14 @@ def test_a_bad_line_is_refused_before_anything_runs(root, text, message):
     assert not list(root.glob("runs/grids/grid/*/starts"))
 
 
-@pytest.mark.parametrize("change", ["memoryless", "huber_of_mean", "lr_warmup=200"])
+@pytest.mark.parametrize("change", ["memoryless", "huber_of_mean", "lr_warmup=200", "optimizer=runs/RUN"])
 def test_an_ablation_fits_the_scripts_of_its_grids(change):
     sys.path.append(str(ROOT / "benchmark" / "probes"))
     from ablate import ablated
 
     dqn = ["dqn_tbb_ffm", "dqn_tbb_lru", "dqn_sbb_lru", "dqn_tbb_s5", "dqn_sbb_s5"]
     ppo = ["ppo_tbb_lru_continuous_action", "ppo_tbb_lru_minigrid_envpool"]
-    for script in ppo if change == "memoryless" else dqn:
+    for script in ppo if change.split("=")[0] in ("memoryless", "optimizer") else dqn:
         text = (ROOT / "single_files" / f"{script}.py").read_text()
         compile(ablated(text, change), script, "exec")
     with pytest.raises(ValueError, match="expected one `.*` in the script, found 0"):
