@@ -9,8 +9,8 @@ memoryless      PPO: the memory forgets before every step, in rollouts, on the t
 huber_of_mean   DQN: one Huber loss of the mean absolute error, as the code of Morad et al. (2024) has it for segments, and not
                 the mean of the Huber losses
 lr_warmup=200   DQN: the learning rate rises over the first 200 updates
-optimizer=RUN   PPO: in place of Adam an optimiser that optim4rl_lru.py has learned, of model.pt in that folder; --learning-rate
-                is its step size
+optimizer=RUN   PPO: in place of Adam the optimiser of RUN/model.pt, which optim4rl_lru.py has learned; its step size is
+                --learning-rate
 """
 
 import runpy
@@ -35,12 +35,11 @@ CHANGES = {  # what stands in the script, what comes in its place; {} is what st
         '"lr"] = args.learning_rate * anneal': '"lr"] = args.learning_rate * anneal * min(1, (update + 1) / {})',
     },
     "optimizer": {
-        "    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)\n": f"""
+        "    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)": f"""
     sys.path.append({str(ROOT / "single_files")!r})
     from optim4rl_lru import LearnedOptimizer
 
-    optimizer = LearnedOptimizer(agent.parameters(), "{{}}/model.pt", lr=args.learning_rate)
-""",
+    optimizer = LearnedOptimizer(agent.parameters(), "{{}}/model.pt", lr=args.learning_rate)""",
     },
 }
 
