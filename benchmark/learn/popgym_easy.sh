@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# POPGym Easy, LRU and beside it the LSTM that people use today, one set of flags per algorithm.
+# POPGym Easy: LRU, gated or not, and beside it the LSTM that people use today, one set of flags per algorithm.
 # bash benchmark/learn/popgym_easy.sh
 # Nothing is tuned to a task, and 150,000 steps are little: the script of POPGym's own baselines stops at ten million.
 source "$(dirname "$0")/grid.sh"
 budget="--total-timesteps 150000"
 
-for seed in 1 2; do
+for seed in 1 2 3; do
     for env in Autoencode Battleship Concentration CountRecall HigherLower MineSweeper MultiarmedBandit \
         NoisyPositionOnlyCartPole PositionOnlyCartPole RepeatFirst RepeatPrevious VelocityOnlyCartpole \
         LabyrinthEscape LabyrinthExplore; do
         echo "PPO, LRU: single_files/ppo_tbb_lru.py --env-id popgym-${env}Easy-v0 --seed $seed $budget --num-steps 64"
         echo "PPO, LSTM: single_files/ppo_sbb_lstm.py --env-id popgym-${env}Easy-v0 --seed $seed $budget --num-steps 64"
-        echo "DQN, LRU: single_files/dqn_tbb_lru.py --env-id popgym-${env}Easy-v0 --seed $seed $budget --batch-size 1000" \
+        echo "PPO, gated LRU: single_files/ppo_tbb_glru.py --env-id popgym-${env}Easy-v0 --seed $seed $budget --num-steps 64"
+        [ $seed = 3 ] || echo "DQN, LRU: single_files/dqn_tbb_lru.py --env-id popgym-${env}Easy-v0 --seed $seed $budget --batch-size 1000" \
             "--train-frequency 64 --tau 0.03 --buffer-size 200000"
     done
     for env in NoisyPositionOnlyPendulum PositionOnlyPendulum; do # continuous actions: PPO alone
