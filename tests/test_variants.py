@@ -13,6 +13,7 @@ SCRIPTS = ROOT / "single_files"
 ORIGINALS = {
     "dqn_tbb_ffm",
     "ppo_tbb_ffm",
+    "optim4rl",
     *(f"{name}_envpool" for name in ("dqn_tbb_lru_atari", "ppo_tbb_lru_atari", "ppo_tbb_lru_minigrid")),
 }
 VARIANTS = variants(SCRIPTS)

@@ -1,0 +1,667 @@
+# docs: docs/ppo.md
+# Variant of single_files/ppo_tbb_lru.py. Changed: imports, Args.cuda, joined, average_gradients, __main__
+# Memory and tape: Morad et al. (2024), "Recurrent Reinforcement Learning with Memoroids", https://arxiv.org/abs/2402.09900
+# LRU: Orvieto et al. (2023), "Resurrecting Recurrent Neural Networks for Long Sequences", https://arxiv.org/abs/2303.06349
+"""PPO with Linear Recurrent Units (LRU), trained by several processes, each with its share of the environments.
+
+    torchrun --standalone --nproc-per-node 2 single_files/ppo_tbb_lru_multigpu.py           # two cores; --cuda: a GPU each
+    torchrun --standalone --nproc-per-node 2 single_files/ppo_tbb_lru_multigpu.py --resume runs/RUN
+    python single_files/ppo_tbb_lru_multigpu.py --evaluate runs/RUN                         # greedy episodes
+
+All processes take the same steps, along the mean of their gradients: that of one process on the joined tape. Resumed with as
+many processes as before, a killed run goes on exactly.
+Copy this file into your project and edit it: the import from cleanrl_memoroid is optional and only makes it faster.
+Shapes: S steps of a rollout, N environments, E of them in a minibatch, T rows of a tape, B of them with a loss; O observation,
+D parts of an action, H width, P complex numbers of a layer; time comes first. Does not include: continuous actions, images.
+"""
+
+import os
+import random
+import sys
+import time
+from collections import deque
+from dataclasses import asdict, dataclass, field
+from typing import NamedTuple
+
+import cloudpickle
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+try:
+    from cleanrl_memoroid.runs import Checked, catch_stop_signals, check_flags, checkpoint, load, new_run_dir, save
+    from cleanrl_memoroid.scan import linear_scan, tune_cpu
+except ImportError:  # alone, this file computes the same, more slowly, and trusts flags, files and environments
+    linear_scan, tune_cpu, catch_stop_signals, check_flags = None, lambda: None, lambda on=True: [], lambda *_: None
+    Checked, load = lambda env, idx: env, lambda path, *_: torch.load(path, "cpu", weights_only="model.pt" in path)
+    new_run_dir = "runs/{}".format
+
+    def save(path, content):  # leaves a whole file or none under this name, also when the process is killed on the way
+        torch.save(content, f"{path}.partial")
+        os.replace(f"{path}.partial", path)
+
+    def checkpoint(path, content, envs):
+        try:
+            content["envs"] = cloudpickle.dumps((envs.envs, random.getstate(), np.random.get_state(), torch.get_rng_state()))
+        except Exception as error:  # whatever an environment raises
+            print(f"the environment cannot be saved ({error}): --resume will begin new episodes")
+        save(path, content)
+        return lambda actions, outcome: None
+
+
+@dataclass
+class Args:
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]  # the name of this experiment
+    seed: int = 1  # seed of the experiment; on a CPU, equal seeds give equal runs
+    cuda: bool = False  # if toggled, train on CUDA devices, one for each process of torchrun
+    track: bool = False  # if toggled, also log to Weights and Biases (WANDB_MODE=offline needs no account)
+    wandb_project_name: str = "cleanrl-memoroid"  # the project name in Weights and Biases (the team: WANDB_ENTITY)
+    capture_video: bool = False  # if toggled, record an episode of the evaluation in `videos/`
+    eval_episodes: int = 100  # number of greedy episodes after training and with --evaluate; 0: none (episodes)
+    eval_max_steps: int = 10_000  # an evaluation ends here; episodes that still run count as they are (steps)
+    checkpoint_interval: int = 50_000  # environment steps between checkpoints, for --resume; 0: at Ctrl-C only (steps)
+    resume: str | None = None  # run directory: continue it, under its flags unless given again (unpickles: only your own)
+    evaluate: str | None = None  # run directory: play greedy episodes with its trained model, and exit
+
+    # Algorithm specific arguments
+    env_id: str = "popgym-RepeatFirstEasy-v0"  # any environment with vector observations and finite actions
+    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # of its constructor: k 10 num_decks 2
+    prev_action: bool = True  # if toggled, POPGym observations include the previous action
+    total_timesteps: int = 300_000  # total timesteps of the experiment, over all environments (steps)
+    learning_rate: float = 1e-3  # the learning rate of the optimizer at the start
+    num_envs: int = 64  # the number of parallel environments
+    num_steps: int = 52  # the number of steps S to run in each environment per policy rollout (steps)
+    anneal_lr: bool = True  # if toggled, the learning rate falls linearly to zero
+    gamma: float = 0.99  # the discount factor gamma
+    gae_lambda: float = 0.95  # the lambda for the general advantage estimation
+    num_minibatches: int = 4  # the number of minibatches; TBB: each of whole environments, whose steps stay in order
+    update_epochs: int = 4  # the K epochs to update the policy
+    norm_reward: bool = True  # if toggled, divide rewards by the standard deviation of the discounted return so far
+    norm_adv: bool = True  # if toggled, advantages are normalised over each minibatch
+    clip_coef: float = 0.2  # the surrogate clipping coefficient
+    clip_vloss: bool = True  # if toggled, the value's loss is clipped, too, as in the paper
+    ent_coef: float = 0.01  # coefficient of the entropy
+    vf_coef: float = 0.5  # coefficient of the value function
+    max_grad_norm: float = 0.5  # the maximum norm of the gradient
+    target_kl: float | None = None  # after an epoch with a larger KL divergence from the rollout's policy, stop updating
+    truncation_is_terminal: bool = False  # if toggled, a time limit ends the return as termination does (POPGym's reading)
+
+    # Memory specific arguments
+    max_prefix: int = 4096  # TBB: the last so many rows of a running episode stay on the tape; 0: its state alone (rows)
+    hidden_size: int = 128  # width H of every layer (units)
+    state_size: int = 64  # complex numbers P in the memory of each layer (channels)
+    num_layers: int = 2  # layers of the memory, one above the other
+    r_min: float = 0.9  # the sizes of lambda begin between this and r_max: close to one, memory lasts long
+    r_max: float = 0.999  # see r_min
+
+
+def make_env(env_id, env_kwargs, prev_action=True, idx=0, video_folder=None):
+    def thunk():
+        if env_id.startswith("popgym-"):
+            from popgym.wrappers import Antialias, Flatten, PreviousAction
+
+            # POPGym's wrappers take bare POPGym environments only, without the wrappers of gym.make
+            env = gym.make(env_id, disable_env_checker=True, **env_kwargs).unwrapped
+            env = PreviousAction(env) if prev_action else env
+            env = Flatten(Antialias(env))  # adds the flag "this is the first step", then concatenates everything one-hot
+        else:
+            env = gym.make(env_id, **(env_kwargs | ({"render_mode": "rgb_array"} if video_folder else {})))
+            env = env if isinstance(env.observation_space, gym.spaces.Box) else gym.wrappers.FlattenObservation(env)
+        env = Checked(env, idx)  # each observation in memory of its own, finite numbers, no infos
+        env = gym.wrappers.RecordVideo(env, video_folder) if video_folder else env
+        return gym.wrappers.RecordEpisodeStatistics(env)
+
+    return thunk
+
+
+def resettable(operator, identity):
+    """TBB: the operator that starts anew where an episode begins, (h, b) ∘ (h', b') = ((e if b' else h) • h', b or b').
+
+    Source: Morad et al. (2024), eq. 12. It selects instead of multiplying by a mask, because 0 * nan is nan.
+    """
+
+    def wrapped(left, right):
+        (*left, earlier_begins), (*right, begins) = left, right
+        reset = (torch.where(begins[(...,) + (None,) * (h.dim() - begins.dim())], e, h) for e, h in zip(identity, left))
+        return *operator(tuple(reset), tuple(right)), earlier_begins | begins
+
+    return wrapped
+
+
+def associative_scan(operator, elems):
+    """TBB: out[t] = elems[0] • elems[1] • ... • elems[t] along time, for a tuple of tensors [T, ...].
+
+    Combine neighbours, scan the result, which is half as long, and fill in the rows between: O(T) operator applications,
+    O(log T) deep, differentiable through the operator (Blelloch, 1993, section 1.4).
+    """
+    steps = len(elems[0])
+    if steps == 1:
+        return elems
+    odd = associative_scan(operator, operator(tuple(e[:-1:2] for e in elems), tuple(e[1::2] for e in elems)))
+    rest = operator(tuple(o[: (steps - 1) // 2] for o in odd), tuple(e[2::2] for e in elems))
+    even = tuple(torch.cat([e[:1], r]) for e, r in zip(elems, rest))  # out[0], then out[2] = out[1] • elems[2], ...
+    if steps % 2:  # one row more, to make the last pair whole, and off again
+        odd = tuple(torch.cat([o, o[-1:]]) for o in odd)
+    return tuple(torch.stack(rows, 1).flatten(0, 1)[:steps] for rows in zip(even, odd))
+
+
+class Sections(NamedTuple):
+    """TBB: the last rollout of some environments, one section after the other, each from its running episode's first row on.
+
+    section        environment 0                            | environment 3
+    row            0     1     2     3     4     5     6    | 7     8     9     10
+    obs            o0    o1    o2    o3    o0'   o1'   o2'  | o5    o6    o7    o8
+    begins         1     0     0     0     1     0     0    | 0     0     0     0        `state` is what the memory held
+    loss           -     -     -     x     x     x     x    | x     x     x     x        before row 7: --max-prefix cut there
+                   prefix            rollout                  rollout
+
+    A prefix carries no loss. It is there so that every recurrent state is computed under the weights of now, and that the
+    gradient of a loss reaches the first observation of its episode.
+    """
+
+    obs: torch.Tensor  # [T, O]
+    begins: torch.Tensor  # [T] bool
+    starts: torch.Tensor  # [E] the first row of each section; rows before starts[0] are padding
+    loss_rows: torch.Tensor  # [B] the rows with a loss, section by section, in order
+    state: torch.Tensor  # [E, ...] the recurrent state before each section; of no account where an episode begins there
+
+
+class CarriedTape:
+    """TBB: the rows of every environment's running episode; they grow from rollout to rollout until the episode ends."""
+
+    def __init__(self, obs, recurrent_state):
+        self.obs = [obs[:0, i] for i in range(obs.shape[1])]  # [rows, O] each
+        self.begins = [np.zeros(0, bool)] * obs.shape[1]  # [rows] each
+        self.state = recurrent_state  # [N, ...] before the first of these rows, where that begins no episode
+
+    def add(self, obs, begins):
+        """Appends a rollout: obs [S, N, O], begins [S, N]."""
+        self.obs = [np.concatenate([rows, obs[:, i]]) for i, rows in enumerate(self.obs)]
+        self.begins = [np.concatenate([rows, begins[:, i]]) for i, rows in enumerate(self.begins)]
+
+    def sections(self, envs, num_steps, upto=None):
+        """The tape of environments `envs` [E], whose last `num_steps` rows carry a loss; on request of their rows [:upto]."""
+        all_obs, all_begins = [self.obs[i][:upto] for i in envs], [self.begins[i][:upto] for i in envs]
+        rows = np.array([len(begins) for begins in all_begins])
+        pad = -rows.sum() % 64  # rows of zeros round the length up: oneDNN takes 10 ms to prepare for every new length
+        ends = pad + np.cumsum(rows)
+        obs = np.concatenate([np.zeros((pad, *self.obs[0].shape[1:]), self.obs[0].dtype), *all_obs])
+        begins, loss_rows = np.concatenate([np.ones(pad, bool), *all_begins]), ends[:, None] + np.arange(-num_steps, 0)
+        arrays = obs, begins, ends - rows, loss_rows.flatten()
+        return Sections(*(torch.from_numpy(v).to(self.state.device) for v in arrays), self.state[envs])
+
+    @torch.no_grad()
+    def carry(self, next_begins, recurrent_state, max_prefix, agent):
+        """Forgets all but the last `max_prefix` rows of the running episodes, and says where their memory stands.
+
+        next_begins [N], recurrent_state [N, ...]: before the next observation, as the rollout left it. With no prefix at all,
+        it is carried as it is, stale as under stored-state training. Returns: recurrent_state under the agent's weights now.
+        """
+        for i, begins in enumerate(self.begins):
+            first = len(begins) if next_begins[i] or max_prefix == 0 else np.append(0, np.flatnonzero(begins))[-1]
+            self.obs[i], self.begins[i] = self.obs[i][first:], begins[first:]
+        if max_prefix == 0:
+            self.state = recurrent_state
+            return recurrent_state
+        if long := [i for i, begins in enumerate(self.begins) if len(begins) > max_prefix]:
+            self.state[long] = agent(self.sections(long, 0, upto=-max_prefix))[2]  # of the rows before the cut
+        for i in long:
+            self.obs[i], self.begins[i] = self.obs[i][-max_prefix:], self.begins[i][-max_prefix:]
+        recurrent_state = recurrent_state.clone()
+        if running := [i for i, begins in enumerate(self.begins) if len(begins)]:
+            recurrent_state[running] = agent(self.sections(running, 0))[2]
+        return recurrent_state
+
+
+class LRU(nn.Module):
+    """TBB: one layer, a Linear Recurrent Unit as a memoroid: P complex numbers that each fade and turn at a rate of their own.
+
+    An element of the monoid is (A, x): the factor [P] that its steps multiply earlier memory by, and the memory [P] they add.
+    Source: Orvieto et al. (2023), sections 3.3 and 3.4, with the block of their figure 1: LayerNorm, LRU, GELU, GLU, skip.
+    """
+
+    def __init__(self, width, state_size, r_min, r_max):
+        super().__init__()
+        if not 0 <= r_min <= r_max <= 1:
+            raise ValueError(f"--r-min, --r-max: expected 0 <= r_min <= r_max <= 1, got {r_min} and {r_max}; change them")
+        radius = torch.empty(state_size).uniform_(r_min**2, r_max**2).clamp(1e-6, 1 - 1e-6) ** 0.5  # uniform on the ring
+        self.norm = nn.LayerNorm(width)
+        self.nu = nn.Parameter(torch.log(-torch.log(radius)))
+        self.theta = nn.Parameter(torch.log(2 * torch.pi * torch.rand(state_size)))
+        self.gamma = nn.Parameter(0.5 * torch.log(1 - radius**2))  # log of the factor that keeps the memory's variance at one
+        self.B = nn.Parameter(torch.randn(width, 2 * state_size) / (2 * width) ** 0.5)  # columns Re B, Im B, Re B, ...
+        self.C = nn.Parameter(torch.randn(width, 2 * state_size) / state_size**0.5)  # columns Re C, -Im C, Re C, ...
+        self.D = nn.Parameter(torch.randn(width))
+        self.gate = nn.Linear(width, 2 * width)
+
+    def operator(self, left, right):
+        """(A, x) • (A', x') = (A' A, A' x + x'), with the identity (1, 0)."""
+        (a, x), (right_a, right_x) = left, right
+        return right_a * a, right_a * x + right_x
+
+    def decay(self):
+        """lambda = exp(-exp(nu) + i exp(theta)), which a step multiplies the memory by. In double, for its powers. [P] c128"""
+        return torch.exp(torch.complex(-self.nu.double().exp(), self.theta.double().exp()))
+
+    def lift(self, obs):
+        """What one step adds, exp(gamma) B LN(o), and what the readout needs besides. [T, H] -> [T, P] c64, 2 x [T, H]"""
+        normed = self.norm(obs)
+        weight = self.gamma.exp().repeat_interleave(2) * self.B
+        x = normed @ weight  # a complex matrix product would cost twice this real one
+        return torch.view_as_complex(x.unflatten(-1, (-1, 2))), (normed, obs)
+
+    def readout(self, x, lifted):
+        """The Markov state o + GLU(GELU(Re(C x) + D LN(o))). [T, P] c64, 2 x [T, H] -> [T, H]"""
+        normed, skip = lifted
+        y = torch.addcmul(F.linear(torch.view_as_real(x).flatten(1), self.C), self.D, normed)
+        return F.glu(self.gate(F.gelu(y)), dim=-1).add_(skip)
+
+    def scan(self, x, begins):
+        """TBB: the memory after every step of a tape. [T, P] c64, [T] -> [T, P] c64"""
+        if linear_scan:
+            return linear_scan(self.decay(), x, begins)
+        decay = self.decay().to(x.dtype).expand_as(x)
+        return associative_scan(resettable(self.operator, identity=(1, 0)), (decay, x, begins))[1]
+
+    def forward(self, tape, obs):
+        """TBB: all sections of a tape at once: the Markov states at its rows with a loss, and the memory after each section.
+
+        A section goes on from its `state`, faded by a step, unless an episode begins there. [T, H] -> [B, O], [E, ...]
+        """
+        x, lifted = self.lift(obs)
+        fresh = tape.begins[tape.starts]
+        if not fresh.all():
+            state = torch.where(fresh[:, None], 0, tape.state) * self.decay().to(x.dtype)
+            x = x.expand(-1, *state.shape[1:]).index_add(0, tape.starts, state)
+        x = self.scan(x, tape.begins.index_fill(0, tape.starts, True))
+        after = x[F.pad(tape.starts[1:], (0, 1), value=len(x)) - 1]
+        if len(tape.loss_rows) < len(x):
+            x, *lifted = (v.index_select(0, tape.loss_rows) for v in (x, *lifted))
+        return self.readout(x, lifted), after
+
+    def step(self, obs, begins, recurrent_state):
+        """TBB: one step of N environments, each from its own state. [N, H], [N], [N, P] -> [N, H], [N, P]"""
+        x, lifted = self.lift(obs)
+        recurrent_state = torch.where(begins[:, None], 0, recurrent_state) * self.decay().to(x.dtype) + x
+        return self.readout(recurrent_state, lifted), recurrent_state
+
+
+class StackedLRU(nn.Module):
+    """Layers one above the other: each reads the Markov states of the one below, and keeps a memory of its own."""
+
+    def __init__(self, width, num_layers, *sizes):
+        super().__init__()
+        self.layers = nn.ModuleList(LRU(width, *sizes) for _ in range(num_layers))
+
+    def forward(self, tape, obs):
+        """Only the layer on top can do with the rows that have a loss. [T, H] -> [B, H], [E, layers, P]"""
+        states, every_row = [], torch.arange(len(obs), device=obs.device)
+        for layer, state in zip(self.layers, tape.state.unbind(1)):
+            loss_rows = tape.loss_rows if layer is self.layers[-1] else every_row
+            obs, state = layer(tape._replace(state=state, loss_rows=loss_rows), obs)
+            states.append(state)
+        return obs, torch.stack(states, 1)
+
+    def step(self, obs, begins, recurrent_state):
+        """[N, H], [N], [N, layers, P] -> [N, H], [N, layers, P]"""
+        states = []
+        for layer, state in zip(self.layers, recurrent_state.unbind(1)):
+            obs, state = layer.step(obs, begins, state)
+            states.append(state)
+        return obs, torch.stack(states, 1)
+
+    def initial_state(self, num_envs):
+        state_size, device = len(self.layers[0].decay()), self.layers[0].D.device
+        return torch.zeros(num_envs, len(self.layers), state_size, dtype=torch.complex64, device=device)
+
+
+# ALGO LOGIC: initialize agent here:
+class Agent(nn.Module):
+    def __init__(self, envs, args):
+        super().__init__()
+        obs_space, space, hidden = envs.single_observation_space, envs.single_action_space, args.hidden_size
+        if not isinstance(space, (gym.spaces.Discrete, gym.spaces.MultiDiscrete)) or len(space.shape) > 1:
+            raise ValueError(f"--env-id: expected finite actions, got {space}; use ppo_tbb_lru_continuous_action.py")
+        if len(obs_space.shape or ()) != 1:
+            raise ValueError(f"--env-id: expected vector observations, got {obs_space}; flatten them, or edit this encoder")
+        self.nvec = space.nvec.tolist() if isinstance(space, gym.spaces.MultiDiscrete) else [int(space.n)]
+        norm = nn.LayerNorm(hidden).requires_grad_(False)  # without parameters, as in the paper
+        self.encoder = nn.Sequential(nn.Linear(obs_space.shape[0], hidden), norm, nn.LeakyReLU(inplace=True))
+        self.memory = StackedLRU(hidden, args.num_layers, args.state_size, args.r_min, args.r_max)
+        self.norm = nn.LayerNorm(hidden).requires_grad_(False)
+        self.actor, self.critic = nn.Linear(hidden, sum(self.nvec)), nn.Linear(hidden, 1)
+        for layer, std in ((self.actor, 0.01), (self.critic, 1.0)):
+            nn.init.orthogonal_(layer.weight, std)
+            nn.init.zeros_(layer.bias)
+
+    def heads(self, markov_state):
+        """Log-probabilities of the choices in each part of an action [B, D, choices], and values [B]."""
+        markov_state, most = self.norm(markov_state), max(self.nvec)  # a choice that a part lacks is as good as impossible
+        parts = [F.pad(p, (0, most - p.shape[-1]), value=-1e9) for p in self.actor(markov_state).split(self.nvec, dim=-1)]
+        return torch.stack(parts, -2).log_softmax(-1), self.critic(markov_state).squeeze(-1)
+
+    def forward(self, tape):
+        """TBB: policy and values [B] at the rows with a loss, and the recurrent state after each section [E, ...]"""
+        markov_state, recurrent_state = self.memory(tape, self.encoder(tape.obs))
+        return *self.heads(markov_state), recurrent_state
+
+    @torch.no_grad()
+    def step(self, obs, begins, recurrent_state):
+        """TBB: policy and values of one step of N environments, and their states. NumPy [N, O], [N]; state [N, ...]"""
+        obs, begins = (torch.as_tensor(v).to(recurrent_state.device) for v in (np.asarray(obs, np.float32), begins))
+        markov_state, recurrent_state = self.memory.step(self.encoder(obs), begins, recurrent_state)
+        return *self.heads(markov_state), recurrent_state
+
+
+def log_prob(policy, actions):
+    return policy.gather(-1, actions[..., None]).sum((-2, -1))  # [B, D, choices], [B, D] -> [B]
+
+
+def gae(rewards, values, next_values, ended, gamma, gae_lambda):
+    """A[t] = delta[t] + gamma lambda A[t+1], where delta = r + gamma V(s') - V(s): Schulman et al. (2016), eq. 16. [S, N]
+
+    TBB: this recurrence is a memoroid, too: a scan from the last step to the first, which starts anew at an episode's end.
+    next_values: 0 where an episode has terminated, else the value of what followed, be it a truncated episode's final state.
+    """
+    delta = rewards + gamma * next_values - values
+    if linear_scan:
+        return linear_scan(gamma * gae_lambda, delta, ended, reverse=True)
+    # (a, x) • (a', x') = (a' a, a' x + x'), with the identity (1, 0)
+    operator = resettable(lambda left, right: (right[0] * left[0], right[0] * left[1] + right[1]), identity=(1, 0))
+    elems = torch.full_like(delta, gamma * gae_lambda), delta.flip(0), ended.flip(0)
+    return associative_scan(operator, elems)[1].flip(0)
+
+
+def env_actions(envs, actions):
+    """Actions [N, D] as the environments take them: one number each if that is all, counted from the space's first."""
+    return actions.cpu().numpy().reshape(envs.action_space.shape) + envs.single_action_space.start
+
+
+def joined(x):
+    """The rows [B] of all W processes, one after the other [W * B], and the same in each of them."""
+    rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, x)
+    return torch.cat(rows)
+
+
+def average_gradients(parameters):
+    """Leaves the mean of all processes' gradients in each of them: that of the loss of all rows, as all have equally many."""
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = nn.utils.parameters_to_vector(grads)  # one message instead of one for each parameter
+    dist.all_reduce(flat)
+    nn.utils.vector_to_parameters(flat / dist.get_world_size(), grads)
+
+
+def evaluate(agent, env_fns, args):
+    """Returns of greedy episodes, one in each environment: short episodes do not count more often than long ones. [E]"""
+    envs, seed = gym.vector.SyncVectorEnv(env_fns), args.seed + 10**6
+    for seed_one in (random.seed, np.random.seed, torch.manual_seed):  # environments may draw from each
+        seed_one(seed)
+    (obs, _), recurrent_state = envs.reset(seed=seed), agent.memory.initial_state(len(env_fns))
+    steps, returns, begins, running = 0, np.zeros(len(env_fns)), *np.ones((2, len(env_fns)), bool)
+    while running.any() and steps < args.eval_max_steps:
+        policy, _, recurrent_state = agent.step(obs, begins, recurrent_state)
+        obs, rewards, terminations, truncations, _ = envs.step(env_actions(envs, policy.argmax(-1)))
+        returns += rewards * running
+        begins, running, steps = np.zeros_like(running), running & ~(terminations | truncations), steps + 1
+    envs.close()
+    cut = f"; {running.sum()} cut off by --eval-max-steps" if running.any() else ""
+    print(f"evaluation: episodic_return={returns.mean():.4f}, the mean of {len(obs)} greedy episodes of {args.env_id}{cut}")
+    return returns
+
+
+if __name__ == "__main__":
+    sys.path.append(os.getcwd())  # where `--env-id my_module:My-v0` may lie
+    rank, local_rank, world_size = (int(os.getenv(name, n)) for name, n in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    if rank > 0:  # one process prints, logs and evaluates for all
+        sys.stdout = open(os.devnull, "w")
+    args, script = tyro.cli(Args, description=__doc__), os.path.basename(__file__)
+    run_dir, saved = args.resume or args.evaluate, None
+    if run_dir:
+        path = os.path.join(run_dir, "checkpoint.pt" if args.resume else "model.pt")
+        saved = load(path, script, args)
+        args = tyro.cli(Args, default=Args(**{**saved["args"], "env_kwargs": {}}))  # the run's own flags, unless given again
+        args.env_kwargs = args.env_kwargs or saved["args"]["env_kwargs"]
+    most = dict.fromkeys("gamma gae_lambda learning_rate".split(), 1) | {"seed": 10**9, "num_envs": args.total_timesteps}
+    zero = "seed checkpoint_interval max_prefix".split() + ["eval_episodes"] * (not args.evaluate)
+    check_flags(args, zero, most, saved["args"] if args.resume else {})
+    if args.num_envs % (parts := args.num_minibatches * world_size):  # as many whole environments of each process in all
+        raise ValueError(f"--num-envs {args.num_envs}: expected a multiple of {parts}, minibatches x processes; raise it")
+    batch_size = args.num_envs * args.num_steps
+    if (num_iterations := args.total_timesteps // batch_size) == 0:
+        raise ValueError(f"--total-timesteps {args.total_timesteps}: expected one rollout at least, {batch_size}; raise it")
+    if args.cuda and torch.cuda.device_count() <= local_rank:
+        found = torch.cuda.device_count()
+        raise ValueError(f"--cuda: expected a GPU for each process, got {found}; start fewer, or --no-cuda")
+    torch.set_num_threads(int(os.getenv("OMP_NUM_THREADS", 1)))  # more are slower, unless networks are large and cores idle
+    tune_cpu()
+    # TRY NOT TO MODIFY: seeding
+    rng = np.random.default_rng((args.seed, rank))  # of all draws after the initial weights; processes draw apart
+    for seed_one in (random.seed, np.random.seed, torch.manual_seed):
+        seed_one(args.seed)
+    device = torch.device("cuda", local_rank) if args.cuda else torch.device("cpu")
+    # env setup
+    num_envs = args.num_envs // world_size  # of this process
+    make = [args.env_id, args.env_kwargs, args.prev_action]
+    # TBB: in the step that ends an episode, next_obs is already the first one of the next episode; infos has the final one
+    try:
+        envs = gym.vector.SyncVectorEnv(
+            [make_env(*make, rank * num_envs + i) for i in range(num_envs)], autoreset_mode="SameStep"
+        )
+        if args.capture_video:  # what cannot be recorded is better known now than after training
+            make_env(*make, 0, "videos")().close()
+    except Exception as error:  # whatever an environment raises
+        what = f"--env-id {args.env_id}: cannot be made and flattened with these --env-kwargs and --capture-video"
+        raise ValueError(f"{what}: {error!r}; change them, or take in make_env a part of the observation") from error
+
+    agent = Agent(envs, args).to(device)
+    if saved:
+        saved = torch.load(path, map_location=device, weights_only=not args.resume) if args.cuda else saved
+        weights = saved["agent"] if args.evaluate else saved["state"]["agent"].state_dict()
+        if [v.shape for v in weights.values()] != [v.shape for v in agent.state_dict().values()]:
+            raise ValueError(f"--env-id {args.env_id}, or sizes of layers: not those of the network in {path}; leave them out")
+    if args.cuda:
+        torch.cuda.set_device(device)
+    if not args.evaluate:
+        dist.init_process_group("nccl" if args.cuda else "gloo")
+        if rank == 0:
+            run_dir = run_dir or new_run_dir(f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
+        names = [run_dir]
+        dist.broadcast_object_list(names, device=device)
+        (run_dir,) = names
+    run_name = "".join(c if c.isalnum() or c in "._-" else "-" for c in os.path.basename(os.path.abspath(run_dir)))
+    eval_fns = [make_env(*make, i) for i in range(args.eval_episodes)]
+    if args.capture_video:
+        eval_fns[:1] = [make_env(*make, 0, f"videos/{run_name}")]
+    if args.evaluate:
+        agent.load_state_dict(weights)
+        evaluate(agent, eval_fns, args)
+        sys.exit()
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)
+
+    if args.track and rank == 0:
+        import wandb
+
+        run = {"name": run_name, "id": run_name, "resume": "allow", "config": vars(args)}
+        wandb.init(project=args.wandb_project_name, sync_tensorboard=True, save_code=True, **run)
+    if saved:  # checkpoint.pt is of rank 0, and says where the others' are
+        files = [f"{run_dir}/checkpoint-{i}-{saved['slot']}.pt" for i in range(1, saved["world_size"])]
+        as_before = saved["world_size"] == world_size and all(map(os.path.exists, files))
+        if as_before and rank > 0:
+            saved = torch.load(files[rank - 1], map_location=device, weights_only=False)
+    if rank == 0:
+        writer = SummaryWriter(run_dir, purge_step=saved["state"]["global_step"] + 1 if saved else None)
+        writer.add_text("hyperparameters", "|param|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
+    stop = catch_stop_signals()  # empty until Ctrl-C or SIGTERM asks for an end
+    # TRY NOT TO MODIFY: start the game
+    next_obs, _ = envs.reset(seed=args.seed + rank * num_envs)
+    next_begins = np.ones(num_envs, bool)  # is next_obs[i] the first of its episode?
+    recurrent_state = agent.memory.initial_state(num_envs)
+    obs, begins = np.zeros((args.num_steps, *next_obs.shape), np.float32), np.zeros((args.num_steps, num_envs), bool)
+    carried_tape = CarriedTape(obs, recurrent_state)
+    discounted, return_rms = np.zeros(num_envs), gym.wrappers.utils.RunningMeanStd()  # of rewards, for --norm-reward
+    global_step = 0
+    # the variables that a checkpoint holds, pickled together, so that the optimizer keeps its hold on the agent's weights
+    state = "agent optimizer carried_tape rng global_step next_obs next_begins recurrent_state discounted return_rms".split()
+    if saved:
+        globals().update(saved["state"])
+        where = [saved["args"][name] == getattr(args, name) for name in ("env_id", "env_kwargs", "prev_action", "num_envs")]
+        if as_before and saved.get("envs") and all(where):
+            envs.envs, python_state, numpy_state, torch_state = cloudpickle.loads(saved["envs"])
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+            torch.set_rng_state(torch_state)
+        else:
+            print("the environments are new or could not be saved: new episodes begin, the run differs from one never stopped")
+            rng = np.random.default_rng((args.seed, rank, global_step))
+            next_obs, _ = envs.reset(seed=int(rng.integers(2**31)))
+            next_begins, discounted = np.ones(num_envs, bool), np.zeros(num_envs)
+            recurrent_state = agent.memory.initial_state(num_envs)
+            carried_tape = CarriedTape(obs, recurrent_state)
+    # ALGO Logic: Storage setup
+    logprobs, rewards, values, bootstraps = torch.zeros(4, args.num_steps, num_envs, device=device)
+    ended = torch.zeros(args.num_steps, num_envs, dtype=torch.bool, device=device)
+    start_time, start_step, recent_returns = time.time(), global_step, deque(maxlen=100)
+    scan = "cleanrl_memoroid's scan" if linear_scan else "this file's own scan (faster with `pip install` of cleanrl-memoroid)"
+    steps = f"{args.total_timesteps:,} steps in {world_size} x {num_envs} environments"
+    print(f"{args.exp_name}: {args.env_id}, {steps}, {device}, {scan}")
+    size = f"{4e-9 * obs[0].size * (args.num_steps + args.max_prefix):.2f} GB of observations at most"
+    print(f"{num_iterations} rollouts of {args.num_steps} steps; {size}; {run_dir}")
+    bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", disable=rank > 0, mininterval=5)
+    for iteration in range(global_step // batch_size + 1, num_iterations + 1):
+        stopping = joined(torch.tensor([len(stop)], device=device)).any().item()  # all stop after the same rollout
+        due = stopping or args.checkpoint_interval and global_step % args.checkpoint_interval < batch_size
+        if due:
+            if rank == 0:
+                writer.flush()  # before the checkpoint: a resumed run logs only what comes after it
+            content = {"script": script, "args": asdict(args), "state": {name: globals()[name] for name in state}}
+            # the other processes write under one of two names in turn; rank 0, the last to write, says under which
+            content |= {"slot": iteration % 2, "world_size": world_size}
+            path = f"{run_dir}/checkpoint.pt" if rank == 0 else f"{run_dir}/checkpoint-{rank}-{iteration % 2}.pt"
+            finish = checkpoint(path, content, envs)
+        anneal = 1 - (iteration - 1) / num_iterations if args.anneal_lr else 1
+        optimizer.param_groups[0]["lr"] = anneal * args.learning_rate
+        actions = []  # [S] of [N, D]
+        for step in range(args.num_steps):
+            global_step += args.num_envs
+            obs[step], begins[step] = next_obs, next_begins
+            # ALGO LOGIC: action logic
+            policy, values[step], recurrent_state = agent.step(next_obs, next_begins, recurrent_state)
+            noise = torch.from_numpy(rng.gumbel(size=policy.shape).astype(np.float32)).to(device)
+            action = (policy + noise).argmax(-1)  # a draw from the policy, by the Gumbel-max trick
+            logprobs[step] = log_prob(policy, action)
+            actions.append(action)
+            # TRY NOT TO MODIFY: execute the game and log data.
+            taken = env_actions(envs, action)
+            outcome = next_obs, reward, terminations, truncations, infos = envs.step(taken)
+            if due and step == 0:
+                if rank > 0:
+                    finish(taken, outcome)  # the step has shown whether a copy of the environments goes on as they do
+                dist.barrier()
+                if rank == 0:
+                    finish(taken, outcome)
+                if stopping:
+                    print(f"stopped; --resume {run_dir} goes on from step {global_step - args.num_envs:,}")
+                    dist.barrier()
+                    sys.exit(143)
+            next_begins = terminations | truncations
+            discounted = discounted * args.gamma + reward
+            return_rms.update(joined(torch.as_tensor(discounted, device=device)).cpu().numpy())  # one scale for all
+            discounted[next_begins] = 0
+            scale = np.sqrt(return_rms.var + 1e-8) if args.norm_reward else 1.0
+            rewards[step], ended[step] = torch.as_tensor(reward / scale), torch.as_tensor(next_begins)
+            # TBB: an episode cut off by a time limit is worth what its final observation is, remembering all before it
+            bootstraps[step] = 0
+            if (cut_off := truncations & ~terminations & (not args.truncation_is_terminal)).any():
+                final = np.stack(infos["final_obs"][cut_off]), np.zeros(cut_off.sum(), bool), recurrent_state[cut_off]
+                _, bootstraps[step, cut_off], _ = agent.step(*final)
+            for i in np.flatnonzero(next_begins & (rank == 0)):  # of this process's environments, a fair sample of all
+                recent_returns.append(infos["final_info"]["episode"]["r"][i])
+                writer.add_scalar("charts/episodic_return", recent_returns[-1], global_step)
+                writer.add_scalar("charts/episodic_length", infos["final_info"]["episode"]["l"][i], global_step)
+        # TBB: the rollout joins the rows that its running episodes have on the tape already
+        carried_tape.add(obs, begins)
+        tape_rows = sum(map(len, carried_tape.begins))
+        # bootstrap value if not done
+        _, next_value, _ = agent.step(next_obs, next_begins, recurrent_state)
+        next_values = torch.where(ended, bootstraps, torch.cat([values[1:], next_value[None]]))
+        advantages = gae(rewards, values, next_values, ended, args.gamma, args.gae_lambda)
+        # TBB: a batch by environments, [S, N] -> [N, S], so that each one's steps stay in order
+        batch = [v.transpose(0, 1) for v in (torch.stack(actions), logprobs, values, advantages, advantages + values)]
+        explained_var = 1 - advantages.var() / (advantages + values).var()
+        # Optimizing the policy and value network
+        clipfracs, logprob_error = [], None
+        for _ in range(args.update_epochs):
+            for mb_envs in rng.permutation(num_envs).reshape(args.num_minibatches, -1):
+                mb_actions, mb_logprobs, mb_values, mb_advantages, mb_returns = (v[mb_envs].flatten(0, 1) for v in batch)
+                policy, newvalue, _ = agent(carried_tape.sections(mb_envs, args.num_steps))
+                logratio = log_prob(policy, mb_actions) - mb_logprobs
+                ratio = logratio.exp()
+                with torch.no_grad():  # calculate approx_kl http://joschu.net/blog/kl-approx.html
+                    old_approx_kl = (-logratio).mean()
+                    approx_kl = ((ratio - 1) - logratio).mean()
+                    clipfracs += [((ratio - 1.0).abs() > args.clip_coef).float().mean().item()]
+                    if logprob_error is None:  # TBB: before the first update, the tape and the rollout must be one policy
+                        logprob_error = logratio.abs().max().item()
+
+                if args.norm_adv and len(mb_advantages) > 1:
+                    everywhere = joined(mb_advantages)
+                    mb_advantages = (mb_advantages - everywhere.mean()) / (everywhere.std() + 1e-8)
+
+                # Policy loss
+                pg_loss1 = -mb_advantages * ratio
+                pg_loss2 = -mb_advantages * torch.clamp(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
+                pg_loss = torch.max(pg_loss1, pg_loss2).mean()
+
+                # Value loss
+                v_loss = (newvalue - mb_returns) ** 2
+                if args.clip_vloss:
+                    v_clipped = mb_values + torch.clamp(newvalue - mb_values, -args.clip_coef, args.clip_coef)
+                    v_loss = torch.max(v_loss, (v_clipped - mb_returns) ** 2)
+                v_loss = 0.5 * v_loss.mean()
+
+                entropy_loss = -(policy.exp() * policy).sum((-2, -1)).mean()
+                loss = pg_loss - args.ent_coef * entropy_loss + v_loss * args.vf_coef
+                optimizer.zero_grad()
+                loss.backward()
+                average_gradients(agent.parameters())
+                grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm, foreach=True)
+                if not torch.isfinite(loss + grad_norm):
+                    large = mb_returns.norm() > 1e6  # then a smaller learning rate would not help
+                    remedy = "scale rewards" if large else f"--resume {run_dir} with a smaller --learning-rate"
+                    raise FloatingPointError(f"step {global_step}: loss {loss:.3g}, gradient norm {grad_norm:.3g}; {remedy}")
+                optimizer.step()
+            if args.target_kl is not None and joined(approx_kl[None]).mean() > args.target_kl:
+                break
+        if logprob_error > 1e-3:
+            print(f"warning: rollout and tape differ by {logprob_error:.1e} in log-probability: is `step` what `forward` is?")
+        # TBB: keep the running episodes, and bring their recurrent states up to the new weights
+        recurrent_state = carried_tape.carry(next_begins, recurrent_state, args.max_prefix, agent)
+        # TRY NOT TO MODIFY: record rewards for plotting purposes
+        if rank == 0:
+            writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], global_step)
+            writer.add_scalar("charts/prefix_share", 1 - num_envs * args.num_steps / tape_rows, global_step)
+            losses = {"value_loss": v_loss, "policy_loss": pg_loss, "entropy": entropy_loss, "old_approx_kl": old_approx_kl}
+            losses |= {"approx_kl": approx_kl, "clipfrac": np.mean(clipfracs), "explained_variance": explained_var}
+            for name, value in {**losses, "grad_norm": grad_norm, "logprob_error": logprob_error}.items():
+                writer.add_scalar(f"losses/{name}", value, global_step)
+            writer.add_scalar("charts/SPS", int((global_step - start_step) / (time.time() - start_time)), global_step)
+        bar.set_postfix(episodic_return=np.mean(recent_returns or [np.nan]), entropy=entropy_loss.item(), refresh=False)
+        bar.update(global_step - bar.n)
+    bar.close()
+    catch_stop_signals(on=False)
+    dist.destroy_process_group()
+    if rank > 0:
+        sys.exit()
+    save(f"{run_dir}/model.pt", {"script": script, "args": asdict(args), "agent": agent.state_dict()})
+    print(f"trained for {global_step:,} steps, {time.time() - start_time:.1f} seconds; the model is {run_dir}/model.pt")
+    for idx, episodic_return in enumerate(evaluate(agent, eval_fns, args) if args.eval_episodes else ()):
+        writer.add_scalar("eval/episodic_return", episodic_return, global_step + idx)  # --resume takes it back
+    envs.close()
+    writer.close()
