@@ -232,6 +232,22 @@ def test_evaluation_counts_every_episode_once():
         assert script.evaluate(network, make, script.Args()).tolist() == [1, 2, 30, 40]
 
 
+@pytest.mark.parametrize("level, actions", [("Easy", 26), ("Medium", 26), ("Hard", 16)])
+def test_the_old_count_recall_lacks_one_action(monkeypatch, level, actions):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmark" / "probes"))
+    old = gym.make(f"old_count_recall:OldCountRecall{level}-v0")
+    make = load_script("ppo_tbb_glru").make_env
+    new = make(f"popgym-CountRecall{level}-v0", {})()
+    assert old.action_space.n == actions == new.action_space.n - 1
+    seen = [env.reset(seed=3)[0] for env in (old, new)]  # the previous action has one place less
+    for _ in range(40):
+        lists = [obs.tolist() for obs in seen]
+        assert len(lists[0]) == len(lists[1]) - 1 and sum(lists[0]) == sum(lists[1])
+        (a, *outcome, _), (b, *wanted, _) = (env.step(2) for env in (old, new))
+        assert outcome == wanted
+        seen = [a, b]
+
+
 @pytest.mark.parametrize("length", [1, 7, 200])
 def test_the_t_maze_rewards_what_the_cue_said(monkeypatch, length):
     (folder,) = {path.parent for path in (ROOT / "benchmark").rglob("t_maze.py")}

@@ -4,6 +4,7 @@
 # lines, a grid that is cut short has whole rows: of each seed first the gated LRU and DQN on the tasks with a published number,
 # then the other tasks, then LRU and the LSTM.
 source "$(dirname "$0")/grid.sh"
+export PYTHONPATH=benchmark/probes${PYTHONPATH:+:$PYTHONPATH} # for CountRecall as it was
 ppo="--num-steps 128 --total-timesteps 1000000"
 dqn="--batch-size 1000 --train-frequency 32 --tau 0.05 --buffer-size 300000 --total-timesteps 300000"
 published="RepeatPrevious CountRecall RepeatFirst Autoencode NoisyPositionOnlyCartPole MultiarmedBandit HigherLower PositionOnlyCartPole"
@@ -27,6 +28,11 @@ for seed in ${SEEDS:-1 2 3}; do
             echo "PPO, LRU: single_files/ppo_tbb_lru_continuous_action.py --env-id popgym-$env$level-v0 --seed $seed" \
                 "--total-timesteps 1000000"
         done
+    done
+    for level in ${LEVELS:-Easy Medium Hard}; do # with the action space of the published runs
+        old="--env-id old_count_recall:OldCountRecall$level-v0 --seed $seed --gamma 0.5"
+        echo "PPO, gated LRU: single_files/ppo_tbb_glru.py $old $ppo"
+        echo "DQN, FFM: single_files/dqn_tbb_ffm.py $old $dqn"
     done
     for env in $published $others; do
         lines "PPO, LRU" ppo_tbb_lru "$ppo"

@@ -199,7 +199,7 @@ def board_cells(rows, curve, published):
     theirs, cells = {row["env_id"]: row for row in published}, []
     for env_id, members in grouped(rows, lambda row: row["env_id"]).items():
         level = next(level for level in LEVELS if f"{level}-v" in env_id)
-        cell = {"task": env_id.removeprefix("popgym-").split(level)[0], "level": level, "arms": {}}
+        cell = {"task": env_id.removeprefix("popgym-").split(":")[-1].split(level)[0], "level": level, "arms": {}}
         for arm, runs in grouped(members, lambda row: row["arm"]).items():
             done = sorted((row for row in runs if row["state"] == "done"), key=lambda row: int(row["seed"]))
             if done:
