@@ -76,8 +76,8 @@ class Args:
     noise_memory: float = 0.8  # correlation of that noise with the one before: errors that last show how to recover
     label: Literal["mean", "executed"] = "mean"  # what cloning imitates: the teacher's mean, or what was done, noise included
     student: Literal["svd", "dense", "magnitude", "l1"] = "svd"  # sparse variational dropout; or what to compare it with
-    updates: int = 8_000  # the number of updates before pruning (updates)
-    fine_tune_updates: int = 2_500  # the number of updates after pruning, without noise (updates)
+    updates: int = 6_000  # the number of updates before pruning (updates)
+    fine_tune_updates: int = 1_500  # the number of updates after pruning, without noise (updates)
     batch_episodes: int = 4  # TBB: whole episodes on the tape of an update (episodes)
     learning_rate: float = 3e-3  # of weights, biases and memory; falls to a tenth over the second half
     sigma_learning_rate: float = 3e-2  # of log sigma^2, which has ten units to travel
@@ -93,8 +93,8 @@ class Args:
     eta_start: float = 0.15  # share of the updates at which it begins to grow; pruning by magnitude likewise
     eta_end: float = 0.5  # share of the updates at which it is reached; pruning by magnitude likewise
     l1_coef: float = 1e-4  # weight of the sum of absolute weights for --student l1; grows as eta does
-    c_threshold: tuple[float, ...] = (3.0,)  # svd: weights whose log alpha is larger are dropped; several: as below
-    target_sparsity: tuple[float, ...] = ()  # share of weights to drop; several: cuts of one student, the last is saved
+    c_threshold: tuple[float, ...] = ()  # svd: weights whose log alpha is larger are dropped; without this and the next: 3
+    target_sparsity: tuple[float, ...] = ()  # share of weights to drop; several of either: one student each, the last is saved
 
     # Memory specific arguments
     hidden_size: int = 64  # width H of the student (units)
@@ -502,6 +502,8 @@ if __name__ == "__main__":
         )
     if args.student == "magnitude" and len(args.target_sparsity) != 1:
         raise ValueError(f"--target-sparsity: magnitude prunes as it trains, to one, got {args.target_sparsity}; name one")
+    if args.c_threshold and args.student != "svd":
+        raise ValueError(f"--c-threshold: expected --student svd, got {args.student}; use --target-sparsity")
     if not args.bc and args.q_coef == 0:
         raise ValueError("--no-bc: expected a --q-coef above 0, got 0: nothing would be learned; raise it")
     if args.cuda and not torch.cuda.is_available():
@@ -525,6 +527,7 @@ if __name__ == "__main__":
         what = f"--env-id {args.env_id}: cannot be made and flattened with these --env-kwargs"
         raise ValueError(f"{what}: {error!r}; change them, or take in make_env a part of the observation") from error
     eval_fns = [make_env(*make, i) for i in range(args.eval_episodes)]
+    some_fns = eval_fns[: (args.eval_episodes + 3) // 4]  # for what is looked at in passing
     if args.evaluate:
         returns = evaluate(student_of(saved["agent"]).to(device), eval_fns, args)
         print(f"evaluation: episodic_return={returns.mean():.4f}, the mean of {len(returns)} greedy episodes of {args.env_id}")
@@ -573,9 +576,8 @@ if __name__ == "__main__":
         f"{transitions:,} transitions of {args.data_episodes} episodes; returns: {means}; {total_weights:,} weights to prune"
     )
     variational = args.student == "svd"
-    cuts = [("threshold", value) for value in args.c_threshold if variational]
-    if args.target_sparsity or not variational:  # the default threshold is meant where nothing else is said
-        cuts = cuts * (args.c_threshold != Args.c_threshold) + [("sparsity", s) for s in args.target_sparsity or [0.0]]
+    cuts = [("threshold", value) for value in args.c_threshold] + [("sparsity", value) for value in args.target_sparsity]
+    cuts = cuts or [("threshold", 3.0) if variational else ("sparsity", 0.0)]  # log alpha of 3: a dropout rate of 0.95
 
     def prune_copy(kind, value):
         cut = copy.deepcopy(student)
@@ -653,11 +655,11 @@ if __name__ == "__main__":
             writer.add_scalar("charts/SPS", int((update - start_update) / (time.time() - start_time)), update)
             if variational:
                 writer.add_scalar("charts/eta", eta, update)
-                writer.add_scalar("charts/sparsity", (log_alpha > args.c_threshold[0]).float().mean(), update)
+                writer.add_scalar("charts/sparsity", (log_alpha > 3).float().mean(), update)
             bar.set_postfix(clone_loss=parts["clone_loss"].item(), refresh=False)
         if update >= 0.8 * args.updates and update % max(1, args.updates // 20) == 0:
             # stability: checkpoints of the last fifth, pruned and not fine-tuned
-            pruned.append(performance(prune_copy(*cuts[0]), eval_fns[: (args.eval_episodes + 1) // 2])[0])
+            pruned.append(performance(prune_copy(*cuts[0]), some_fns)[0])
             writer.add_scalar("charts/pruned_performance", pruned[-1], update)
         bar.update(1)
     checkpoint()
@@ -668,13 +670,13 @@ if __name__ == "__main__":
         cut = prune_copy("threshold", threshold)
         left = sum(int(layer.mask.sum()) for layer in cut.layers().values())
         row = {"threshold": threshold, "sparsity": 100 * (1 - left / total_weights)}
-        row["performance"] = performance(cut, eval_fns[: (args.eval_episodes + 3) // 4])[0]
+        row["performance"] = performance(cut, some_fns)[0]
         print("C {threshold:2d}: sparsity {sparsity:.1f} %, performance {performance:.1f} without fine-tuning".format(**row))
         report["sweep"].append(row)
     global_step = update
     for kind, value in cuts:
         rng, cut = np.random.default_rng(args.seed), prune_copy(kind, value)
-        row = {"cut": f"{kind} {value:g}", "before_fine_tuning": performance(cut, eval_fns)[0]}
+        row = {"cut": f"{kind} {value:g}", "before_fine_tuning": performance(cut, some_fns)[0]}
         weights = [v for name, v in cut.named_parameters() if v.requires_grad and "log_sigma2" not in name]
         optimizer = torch.optim.Adam(weights, lr=args.learning_rate, fused=True)
         for step in range(args.fine_tune_updates):
