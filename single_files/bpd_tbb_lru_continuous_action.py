@@ -76,8 +76,8 @@ class Args:
     noise_memory: float = 0.8  # correlation of that noise with the one before: errors that last show how to recover
     label: Literal["mean", "executed"] = "mean"  # what cloning imitates: the teacher's mean, or what was done, noise included
     student: Literal["svd", "dense", "magnitude", "l1"] = "svd"  # sparse variational dropout; or what to compare it with
-    updates: int = 6_000  # the number of updates before pruning (updates)
-    fine_tune_updates: int = 1_500  # the number of updates after pruning, without noise (updates)
+    updates: int = 4_000  # the number of updates before pruning (updates)
+    fine_tune_updates: int = 1_000  # the number of updates after pruning, without noise (updates)
     batch_episodes: int = 4  # TBB: whole episodes on the tape of an update (episodes)
     learning_rate: float = 3e-3  # of weights, biases and memory; falls to a tenth over the second half
     sigma_learning_rate: float = 3e-2  # of log sigma^2, which has ten units to travel
@@ -155,9 +155,6 @@ def load_teacher(args):
     return module, module.Args(**known), saved
 
 
-ACTION_RANGE = 2.0  # of an environment's bounded actions, as make_env rescales them; here actions span -1 to 1
-
-
 class Teacher:
     """A trained policy, step by step: its greedy actions in [-1, 1]. [N, O], [N], state -> [N, A], state"""
 
@@ -175,7 +172,7 @@ class Teacher:
 
     def step(self, obs, begins, recurrent_state):
         (mean, _), _, recurrent_state = self.agent.step(obs, begins, recurrent_state)
-        return (mean / ACTION_RANGE).clamp(-1, 1), recurrent_state
+        return (mean / 2).clamp(-1, 1), recurrent_state  # make_env puts bounds at -2 and 2
 
 
 class Chance:
@@ -222,8 +219,8 @@ def execute(labels, noise):
 
 
 def env_actions(envs, actions):
-    """Actions [N, A] in [-1, 1] as the environments take them."""
-    return (ACTION_RANGE * actions).reshape(envs.action_space.shape)
+    """Actions [N, A] in [-1, 1] as the environments take them, whose bounds make_env puts at -2 and 2."""
+    return (2 * actions).reshape(envs.action_space.shape)
 
 
 def collect(teacher, env_fns, args, rng):
@@ -395,7 +392,7 @@ def next_actions(actions, rng):
     return (actions + (0.2 * noise).clamp(-0.5, 0.5)).clamp(-1, 1)
 
 
-def td_target(tape, next_values, gamma):
+def critic_target(tape, next_values, gamma):
     """r[t] + gamma (1 - termination[t]) min_i Q_i[t + 1] for all rows but the final ones; next_values [2, T]. [B]"""
     rows = (~tape.final).nonzero().squeeze(1)
     bootstrap = next_values.min(0).values[rows + 1]  # TBB: the next row is the next step of the same episode
@@ -556,7 +553,7 @@ if __name__ == "__main__":
         tape, heldout = (
             played.episodes(range(*ends)) for ends in ((0, args.data_episodes), (args.data_episodes, len(data_fns)))
         )
-        obs_size, action_size = tape.obs.shape[1], envs.envs[0].action_space.shape[0]
+        obs_size, action_size = tape.obs.shape[1], tape.labels.shape[1]
         reference = {"data": data_returns, "random": evaluate(Chance(action_size), eval_fns, args).tolist()}
         reference |= {"teacher": evaluate(teacher, eval_fns, args).tolist(), "numbers": teacher.numbers}
         reference["latency"] = latency(teacher, tape.obs[0].numpy(), teacher.initial_state(1))
@@ -613,7 +610,7 @@ if __name__ == "__main__":
             with torch.no_grad():
                 features = target_critics.features(batch.obs, batch.begins)
                 actions = next_actions(target(batch.obs, batch.begins), rng)
-                goal = td_target(batch, target_critics(features, actions), args.gamma)
+                goal = critic_target(batch, target_critics(features, actions), args.gamma)
             features = critics.features(batch.obs, batch.begins)[~batch.final]
             losses["qf_loss"] = F.mse_loss(critics(features, batch.actions[~batch.final]), goal.expand(2, -1))
             critic_optimizer.zero_grad()
