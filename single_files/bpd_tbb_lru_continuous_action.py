@@ -93,7 +93,7 @@ class Args:
     eta_start: float = 0.15  # share of the updates at which it begins to grow; pruning by magnitude likewise
     eta_end: float = 0.5  # share of the updates at which it is reached; pruning by magnitude likewise
     l1_coef: float = 1e-4  # weight of the sum of absolute weights for --student l1; grows as eta does
-    c_threshold: tuple[float, ...] = ()  # svd: weights whose log alpha is larger are dropped; without this and the next: 3
+    c_threshold: tuple[float, ...] = ()  # svd: weights whose log alpha is larger are dropped; without this and the next: 0
     target_sparsity: tuple[float, ...] = ()  # share of weights to drop; several of either: one student each, the last is saved
 
     # Memory specific arguments
@@ -245,7 +245,7 @@ def collect(teacher, env_fns, args, rng):
         obs, begins, running = next_obs, np.zeros_like(running), running & ~ended
     envs.close()
     columns = [torch.from_numpy(np.stack(v)) for v in zip(*itertools.chain(*episodes))]
-    tape, discounted = Tape(*(v.float() if v.is_floating_point() else v for v in columns)), [0.0]
+    tape, discounted = Tape(*(v if v.dtype == torch.bool else v.float() for v in columns)), [0.0]
     for reward, final in zip(tape.rewards.flip(0).tolist(), tape.final.flip(0).tolist()):
         discounted.append(0.0 if final else reward + args.gamma * discounted[-1])
     return tape._replace(rewards=tape.rewards / (np.std(discounted) + 1e-8)), [sum(row[5] for row in e) for e in episodes]
@@ -574,7 +574,7 @@ if __name__ == "__main__":
     )
     variational = args.student == "svd"
     cuts = [("threshold", value) for value in args.c_threshold] + [("sparsity", value) for value in args.target_sparsity]
-    cuts = cuts or [("threshold", 3.0) if variational else ("sparsity", 0.0)]  # log alpha of 3: a dropout rate of 0.95
+    cuts = cuts or [("threshold" if variational else "sparsity", 0.0)]  # log alpha of 0: as much noise as weight
 
     def prune_copy(kind, value):
         cut = copy.deepcopy(student)
@@ -652,7 +652,7 @@ if __name__ == "__main__":
             writer.add_scalar("charts/SPS", int((update - start_update) / (time.time() - start_time)), update)
             if variational:
                 writer.add_scalar("charts/eta", eta, update)
-                writer.add_scalar("charts/sparsity", (log_alpha > 3).float().mean(), update)
+                writer.add_scalar("charts/sparsity", (log_alpha > 0).float().mean(), update)
             bar.set_postfix(clone_loss=parts["clone_loss"].item(), refresh=False)
         if update >= 0.8 * args.updates and update % max(1, args.updates // 20) == 0:
             # stability: checkpoints of the last fifth, pruned and not fine-tuned

@@ -11,23 +11,29 @@ if [ ! -f runs/bpd_teacher/model.pt ]; then
     mv runs/bpd_teacher.partial/runs/* runs/bpd_teacher
 fi
 
-arm() { # name, flags; a run is in runs/grids/bpd/KEY
-    for seed in 1 2 3 4 5; do
-        echo "$1: single_files/bpd_tbb_lru_continuous_action.py $task --teacher ../../../bpd_teacher" \
-            "--eval-episodes 100 $2 --seed $seed"
-    done
+run() { # arm, seed, flags; its folder is runs/grids/bpd/KEY
+    echo "$1: single_files/bpd_tbb_lru_continuous_action.py $task --teacher ../../../bpd_teacher --eval-episodes 100 $3 --seed $2"
 }
 all="--target-sparsity 0.95 0.97 0.98"
 {
-    arm "svd" "--c-threshold 3 0 $all"
-    arm "magnitude" "--student magnitude --target-sparsity 0.97"
-    arm "magnitude" "--student magnitude --target-sparsity 0.98"
-    arm "L1" "--student l1 $all"
-    arm "magnitude" "--student magnitude --target-sparsity 0.95"
-    arm "dense" "--student dense --target-sparsity 0 0.95 0.97 0.98"
-    arm "svd, constant eta" "--eta-schedule constant"
-    arm "svd, exponential eta" "--eta-schedule exp"
-    arm "svd, with Q" "--q-coef 0.5"
-    arm "svd, Q without cloning" "--no-bc --q-coef 1"
-    arm "svd, white noise" "--noise-memory 0"
+    for seed in 1 2 3 4 5; do
+        run "svd" $seed "--c-threshold 3 0 $all"
+    done
+    for share in 0.97 0.98; do
+        for seed in 1 2 3 4 5; do
+            run "magnitude" $seed "--student magnitude --target-sparsity $share"
+        done
+    done
+    for seed in 1 2 3 4 5; do
+        run "L1" $seed "--student l1 $all"
+    done
+    for seed in 1 2 3 4 5; do
+        run "svd, constant eta" $seed "--eta-schedule constant --c-threshold 0"
+        run "svd, exponential eta" $seed "--eta-schedule exp --c-threshold 0"
+        run "svd, with Q" $seed "--q-coef 0.5 --c-threshold 0"
+        run "svd, Q without cloning" $seed "--no-bc --q-coef 1 --c-threshold 0"
+        run "magnitude" $seed "--student magnitude --target-sparsity 0.95"
+        run "dense" $seed "--student dense --target-sparsity 0 0.95 0.97 0.98"
+        run "svd, white noise" $seed "--noise-memory 0 --c-threshold 0"
+    done
 } | grid bpd "$@"
