@@ -2,7 +2,7 @@
 
     python -m cleanrl_memoroid.export runs/RUN --to c      # policy.h: C99, no allocation, the caller owns the state
     python -m cleanrl_memoroid.export runs/RUN --to npz    # policy.npz, and policy.py, which runs it with NumPy alone
-    python -m cleanrl_memoroid.export runs/RUN --to onnx   # policy.onnx; needs `pip install onnx`
+    python -m cleanrl_memoroid.export runs/RUN --to onnx   # policy.onnx; needs `pip install 'cleanrl-memoroid[onnx]'`
 
 For a run of any script of this project whose observations are vectors. The action is what the network returns: the mean of
 continuous actions, not clipped yet; the scores of finite ones, of which the largest wins. A state is real numbers, zeros

@@ -151,7 +151,7 @@ def write_c(program, path, script, sparse):
         file.write("\n".join(lines))
 
 
-def compiled(path, folder):
+def compiled(path, folder, flags=FLAGS):
     """step(observation, begin, state) -> (action, state) of a policy.h, by this machine's C compiler; None without one."""
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if not compiler:
@@ -165,7 +165,7 @@ def compiled(path, folder):
             "void run(const float *o, int b, float *s, float *a, int n) { for (; n > 0; n--) policy_step(o, b, s, a); }\n"
         )
         file.write("void sizes(int *n) { n[0] = O; n[1] = S; n[2] = A; }\n")
-    subprocess.run([compiler, *FLAGS, source, "-o", library, "-lm"], check=True)
+    subprocess.run([compiler, *flags, source, "-o", library, "-lm"], check=True)
     run, sizes = ctypes.CDLL(library).run, (ctypes.c_int * 3)()
     ctypes.CDLL(library).sizes(sizes)
 
