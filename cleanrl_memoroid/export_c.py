@@ -156,7 +156,8 @@ def compiled(path, folder, flags=FLAGS):
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if not compiler:
         return None
-    source, library = os.path.join(folder, "policy.c"), os.path.join(folder, "policy.so")
+    source = os.path.join(folder, "policy.c")
+    library = os.path.join(folder, f"policy{time.time_ns()}.so")  # a name that was loaded before would be loaded again
     with open(source, "w") as file:
         file.write(
             f'#include "{os.path.abspath(path)}"\nenum {{ O = POLICY_OBSERVATION, S = POLICY_STATE, A = POLICY_ACTION }};\n'

@@ -39,7 +39,10 @@ def compact(weights):
         B[~read.repeat(2)] = 0
         b[~read.repeat(2)] = 0
         E[~((B != 0).any(0) | (lift != 0).any(0))] = 0
-    units, outs, both = (E != 0).any(1), (R != 0).any(1), read.repeat(2)
+    units, outs = (E != 0).any(1), (R != 0).any(1)
+    for alive in (units, outs, read):  # one of each stays, since nobody expects a matrix without rows
+        alive[:1] |= ~alive.any()
+    both = read.repeat(2)
     factor = gamma.exp().repeat(2)  # becomes part of B
     B, b = factor[:, None] * B, factor * b
     parts = (
