@@ -296,6 +296,25 @@ def test_noise_lasts_as_it_is_told(bpd):
         assert noise[~tape.final].std().item() == pytest.approx(0.1, rel=0.1)
 
 
+def test_finite_actions(bpd):
+    """One-hot actions of the largest sum, numbers from where the space starts, cross entropy, expected values."""
+    import counting_env
+    import gymnasium as gym
+
+    finite = load_script("bpd_tbb_lru")
+    labels = np.float32([[0.9, 0.1, 0], [0.2, 0.3, 0.5]])
+    np.testing.assert_array_equal(finite.execute(labels, np.float32([[0, 0, 0.2], [0, 0.3, 0]])), [[1, 0, 0], [0, 1, 0]])
+    envs = gym.vector.SyncVectorEnv([counting_env.Counting] * 2)  # its actions are 5, 6 and 7
+    np.testing.assert_array_equal(finite.env_actions(envs, labels), [5, 7])
+    scores = torch.randn(2, 3)
+    found = finite.clone_loss(torch.softmax(scores, -1), torch.from_numpy(labels))
+    torch.testing.assert_close(found, torch.nn.functional.cross_entropy(scores, torch.from_numpy(labels)))
+    critics, features = finite.Critics(4, 3), torch.randn(2, 36)
+    labels = torch.from_numpy(labels)
+    parts = [critics(features, torch.eye(3)[[a, a]]) * labels[None, :, a] for a in range(3)]
+    torch.testing.assert_close(critics(features, labels), sum(parts))
+
+
 @every_script
 def test_a_run_logs_saves_reports_and_evaluates(finished, script):
     folder, out = finished(script)

@@ -152,3 +152,11 @@ def test_numbers_in_c_are_exact():
     writer = Writer.__new__(Writer)
     for value in np.float32([0, 1, -2, 1e-30, 3.4e38, 0.1, 1 / 3, 16777217]):
         assert np.float32(float(writer.number(value).rstrip("f"))) == value
+
+
+@pytest.mark.parametrize("largest, kind", [(255, "uint8_t"), (256, "uint16_t"), (65535, "uint16_t"), (65536, "uint32_t")])
+def test_places_in_c_have_the_smallest_type_that_takes_them(largest, kind):
+    writer = Writer.__new__(Writer)
+    writer.arrays = []
+    writer.array("places", np.array([0, largest]))
+    assert writer.arrays == [f"static const {kind} places[2] = {{0, {largest}}};"]
