@@ -499,7 +499,7 @@ if __name__ == "__main__":
     check_flags(args, zero, dict.fromkeys(shares, 1) | {"seed": 10**9}, saved["args"] if args.resume else {})
     if not all(0 <= share < 1 for share in args.target_sparsity):
         raise ValueError(
-            f"--target-sparsity: expected shares below 1, got {args.target_sparsity}; 0.97 leaves 3 weights of 100"
+            f"--target-sparsity: expected shares below 1, got {args.target_sparsity}; 0.97 leaves 3 of 100 weights"
         )
     if args.student == "magnitude" and len(args.target_sparsity) != 1:
         raise ValueError(f"--target-sparsity: magnitude prunes as it trains, to one, got {args.target_sparsity}; name one")
@@ -555,7 +555,7 @@ if __name__ == "__main__":
         data_fns = [make_env(*make, i) for i in range(args.data_episodes + args.heldout_episodes)]
         played, data_returns = collect(teacher, data_fns, args, rng)
         tape, heldout = (
-            played.episodes(range(*ends)) for ends in ((0, args.data_episodes), (args.data_episodes, len(data_fns)))
+            played.episodes(range(*span)) for span in ((0, args.data_episodes), (args.data_episodes, len(data_fns)))
         )
         obs_size, action_size = tape.obs.shape[1], tape.labels.shape[1]
         reference = {"data": data_returns, "random": evaluate(Chance(action_size), eval_fns, args).tolist()}
@@ -568,14 +568,12 @@ if __name__ == "__main__":
         others = [v for name, v in student.named_parameters() if v.requires_grad and "log_sigma2" not in name]
         optimizer = torch.optim.Adam([{"params": others}, {"params": sigmas}], lr=args.learning_rate, fused=True)
         critic_optimizer = torch.optim.Adam(critics.parameters(), lr=args.critic_learning_rate, fused=True)
-        update, pruned = 0, []
+        heldout, update, pruned = Tape(*(v.to(device) for v in heldout)), 0, []
         for name in ("teacher", "data", "random"):
             writer.add_scalar(f"charts/{name}_return", np.mean(reference[name]), 0)
     transitions, total_weights = int((~tape.final).sum()), sum(layer.weight.numel() for layer in student.layers().values())
     means = ", ".join(f"{name} {np.mean(reference[name]):.3f}" for name in ("teacher", "data", "random"))
-    print(
-        f"{transitions:,} transitions of {args.data_episodes} episodes; returns: {means}; {total_weights:,} weights to prune"
-    )
+    print(f"{transitions:,} transitions, {args.data_episodes} episodes; returns: {means}; {total_weights:,} weights to prune")
     variational = args.student == "svd"
     cuts = [("threshold", value) for value in args.c_threshold] + [("sparsity", value) for value in args.target_sparsity]
     cuts = cuts or [("threshold" if variational else "sparsity", 0.0)]  # log alpha of 0: as much noise as weight
@@ -589,7 +587,7 @@ if __name__ == "__main__":
         """Between random actions (0) and the teacher (100), of episodes with the same starts; and the returns."""
         returns = evaluate(agent, env_fns, args)
         low, high = (np.mean(reference[name][: len(returns)]) for name in ("random", "teacher"))
-        return float(100 * (returns.mean() - low) / (high - low)), returns
+        return float(100 * (returns.mean() - low) / (high - low or 1)), returns
 
     def checkpoint():
         writer.flush()  # before the checkpoint: a resumed run logs only what comes after it
@@ -693,10 +691,7 @@ if __name__ == "__main__":
                 writer.add_scalar("losses/fine_tuned_clone_loss", parts["clone_loss"], global_step)
             bar.update(1)
         with torch.no_grad():
-            error = clone_loss(
-                cut(heldout.obs.to(device), heldout.begins.to(device))[~heldout.final],
-                heldout.labels[~heldout.final].to(device),
-            )
+            error = clone_loss(cut(heldout.obs, heldout.begins)[~heldout.final], heldout.labels[~heldout.final])
         final = compact(deployed(cut))
         agent = student_of(final).to(device)
         row["performance"], returns = performance(agent, eval_fns)
@@ -716,9 +711,7 @@ if __name__ == "__main__":
     with open(f"{run_dir}/report.json", "w") as file:
         json.dump(report, file, indent=1)
     if linear_scan:
-        text = (
-            "{bytes_sparse:,} bytes sparse, {bytes_dense:,} dense, {multiply_adds} multiply-adds, {latency[1]} us in PyTorch"
-        )
+        text = "{bytes_sparse:,} bytes sparse, {bytes_dense:,} dense, {multiply_adds} multiply-adds, {latency[1]} us a step"
         print(text.format(**row), "(the teacher: {:,}, {})".format(4 * reference["numbers"], reference["latency"][1]))
     print(f"trained for {update:,} updates, {report['cpu_seconds']:.1f} seconds of CPU; the student is {run_dir}/model.pt")
     for idx, episodic_return in enumerate(returns):
