@@ -28,25 +28,11 @@ from cleanrl_memoroid.trace import trace
 
 STEPS, TOLERANCE = 1_000, 1e-5  # of the comparison with the network
 SPARSE = 0.4  # matrices with a smaller share of weights than this are stored by rows, each weight with its column
-FUNCTIONS = {
-    "exp": np.exp,
-    "neg": np.negative,
-    "tanh": np.tanh,
-    "sqrt": np.sqrt,
-    "reciprocal": np.reciprocal,
-    "abs": np.abs,
-    "expm1": np.expm1,
-    "log": np.log,
-    "erf": np.vectorize(math.erf, otypes=[np.float32]),
-    "sigmoid": lambda x: 0.5 + 0.5 * np.tanh(0.5 * x),  # this form does not overflow
-    "add": np.add,
-    "sub": np.subtract,
-    "mul": np.multiply,
-    "div": np.divide,
-    "max": np.maximum,
-    "min": np.minimum,
-    "where": lambda begins, x, y: np.where(begins > 0, x, y),
-}
+FUNCTIONS = {op: getattr(np, op) for op in "exp tanh sqrt reciprocal abs expm1 log".split()}
+FUNCTIONS |= {"neg": np.negative, "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide}
+FUNCTIONS |= {"max": np.maximum, "min": np.minimum, "where": lambda begins, x, y: np.where(begins > 0, x, y)}
+FUNCTIONS |= {"sigmoid": lambda x: 0.5 + 0.5 * np.tanh(0.5 * x)}  # this form does not overflow
+FUNCTIONS |= {"erf": np.vectorize(math.erf, otypes=[np.float32])}
 
 
 class NumpyPolicy:
@@ -89,7 +75,7 @@ def write_npz(program, path):
         code.append([op, ins, size, param if op in ("input", "sum") else None])
     np.savez_compressed(path, code=json.dumps(code), outputs=json.dumps(program.outputs), **arrays)
     source = inspect.getsource(sys.modules[__name__])
-    table = source[source.index("FUNCTIONS = {") : source.index("class NumpyPolicy")]
+    table = source[source.index("FUNCTIONS = {op") : source.index("class NumpyPolicy")]
     head = '"""Runs policy.npz with NumPy alone."""\n\nimport json\nimport math\n\nimport numpy as np\n\n'
     with open(os.path.join(os.path.dirname(path), "policy.py"), "w") as file:
         file.write(head + table + inspect.getsource(NumpyPolicy))
