@@ -14,6 +14,7 @@ ORIGINALS = {
     "dqn_tbb_ffm",
     "ppo_tbb_ffm",
     "optim4rl",
+    "bpd_tbb_lru_continuous_action",
     *(f"{name}_envpool" for name in ("dqn_tbb_lru_atari", "ppo_tbb_lru_atari", "ppo_tbb_lru_minigrid")),
 }
 VARIANTS = variants(SCRIPTS)

@@ -1,0 +1,195 @@
+"""The students of `benchmark/learn/bpd.sh` as CSV files, tables and a picture. report.py calls it.
+
+A run's figures are in its report.json, which the script writes; benchmark/results/bpd gets students.csv (a row per cut),
+sweep.csv (a row per threshold, without fine-tuning) and, from benchmark/speed/policy.py, policy.csv.
+"""
+
+import json
+
+import numpy as np
+from curves import begin, save
+from records import portable_command
+from tables import grouped, markdown, natural, read_rows, write_rows
+
+GRID = "bpd"
+SHARES = ("95", "97", "98")  # of weights dropped, in percent
+T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t: 97.5 % of n - 1 degrees of freedom lie below
+
+
+def collect_students(root, runs, results):
+    """Writes students.csv and sweep.csv from the finished runs of the grid, if there are any."""
+    students, sweeps = [], []
+    for path in sorted(runs.glob(f"grids/{GRID}/*/record.json")):
+        record = json.loads(path.read_text())
+        reports = sorted(path.parent.glob("runs/*/report.json"))
+        if record["state"] != "done" or not reports:
+            continue
+        report = json.loads(reports[-1].read_text())
+        run = {"arm": record["arm"], "seed": record["seed"]}
+        about = {"updates": report["args"]["updates"], "fine_tune_updates": report["args"]["fine_tune_updates"]}
+        about |= {"cpu_seconds": f"{record['cpu_seconds']:.0f}", "teacher_return": f"{report['returns']['teacher']:.4f}"}
+        about |= {name: record[name] for name in ("commit", "dirty", "device")}
+        about["command"] = portable_command(record["command"], root)
+        for cut in report["cuts"]:
+            row = run | {"cut": cut["cut"], "worst_of_last_fifth": f"{min(report['last_fifth']):.2f}"}
+            row |= {name: f"{cut[name]:.2f}" for name in ("sparsity", "performance", "before_fine_tuning")}
+            row |= {"weights": cut["weights"], "share_of_teacher": f"{cut['share_of_teacher']:.3f}"}
+            row |= {"heldout_error": f"{cut['heldout_error']:.5f}", "units": " ".join(map(str, cut["units"]))}
+            row |= {name: cut[name] for name in ("numbers", "bytes_sparse", "bytes_dense", "bytes_state", "multiply_adds")}
+            row |= {f"sparsity_{name.removeprefix('memory.')}": f"{value:.1f}" for name, value in cut["layers"].items()}
+            students.append(row | {"torch_us": cut["latency"][1]} | about)
+        for row in report["sweep"]:
+            sweeps.append(run | {"threshold": row["threshold"]} | {k: f"{row[k]:.2f}" for k in ("sparsity", "performance")})
+    if students:
+        key = lambda row: [natural(row[name]) for name in ("arm", "cut", "seed")]  # noqa: E731
+        write_rows(results / GRID / "students.csv", sorted(students, key=key))
+        write_rows(results / GRID / "sweep.csv", sorted(sweeps, key=lambda row: [natural(row["arm"]), row["seed"]]))
+
+
+def share_of(row):
+    """The share of weights that a row was told to drop, in percent, or "" if a threshold decided."""
+    kind, value = row["cut"].split()
+    return f"{100 * float(value):.3g}" if kind == "sparsity" else ""
+
+
+def spread(values, digits=1):
+    text = f"{np.mean(values):.{digits}f}"
+    return f"{text} ± {np.std(values):.{digits}f}" if len(values) > 1 else text
+
+
+def each(rows, column, digits=1):
+    return ", ".join(f"{float(row[column]):.{digits}f}" for row in rows)
+
+
+def interval(differences):
+    """Mean and 95 % interval of paired differences, by Student's t."""
+    n = len(differences)
+    if n not in T:
+        return "one pair" if n == 1 else ""
+    half = T[n] * np.std(differences, ddof=1) / n**0.5
+    return f"{np.mean(differences):+.1f} ({np.mean(differences) - half:+.1f} to {np.mean(differences) + half:+.1f})"
+
+
+def method_table(rows):
+    """Methods at equal sparsity: a row per share and method."""
+    table = []
+    for share in SHARES:
+        cells = grouped([row for row in rows if share_of(row) == share], lambda row: row["arm"])
+        ours = {row["seed"]: float(row["performance"]) for row in cells.get("svd", [])}
+        for arm in sorted(cells, key=lambda name: (name != "svd", name)):
+            pairs = [ours[row["seed"]] - float(row["performance"]) for row in cells[arm] if row["seed"] in ours]
+            table.append(
+                {
+                    "sparsity, method": f"{share} %, {arm}",
+                    "performance, mean ± sd": spread([float(row["performance"]) for row in cells[arm]]),
+                    "each seed": each(cells[arm], "performance"),
+                    "error on held-out episodes": spread([float(row["heldout_error"]) for row in cells[arm]], 4),
+                    "svd is ahead by": "" if arm == "svd" else interval(pairs),
+                }
+            )
+    return markdown(table, list(table[0])) if table else "no run has ended yet"
+
+
+def arm_table(rows):
+    """Every arm at its own sparsity: where a threshold decides, at 0; a dense student whole; others at 97 %."""
+    table = []
+    for arm, members in grouped(rows, lambda row: row["arm"]).items():
+        wanted = next(
+            (cut for cut in ("threshold 0", "sparsity 0", "sparsity 0.97") if cut in {r["cut"] for r in members}), ""
+        )
+        cell = [row for row in members if row["cut"] == wanted]
+        if cell:
+            table.append(
+                {
+                    "arm": f"{arm}: {wanted}",
+                    "sparsity, %": each(cell, "sparsity"),
+                    "performance": each(cell, "performance"),
+                    "before fine-tuning": each(cell, "before_fine_tuning"),
+                    "worst of the last fifth": each(cell, "worst_of_last_fifth"),
+                    "CPU seconds": each(cell, "cpu_seconds", 0),
+                }
+            )
+    return markdown(table, list(table[0])) if table else "no run has ended yet"
+
+
+def layer_table(rows):
+    """What is left of svd's students, by cut; the CSV file has all cuts."""
+    table = []
+    ours = [row for row in rows if row["arm"] == "svd" and row["cut"] in ("threshold 0", "sparsity 0.97", "sparsity 0.98")]
+    for cut, cell in grouped(ours, lambda row: row["cut"]).items():
+        layers = ", ".join(f"{np.mean([float(row[f'sparsity_{name}']) for row in cell]):.0f}" for name in "EBRV")
+        table.append(
+            {
+                "cut": cut,
+                "weights, each seed": ", ".join(row["weights"] for row in cell),
+                "of the teacher, %": each(cell, "share_of_teacher", 2),
+                "sparsity of E, B, R, V, %": layers,
+                "live z, channels, y": "; ".join(row["units"] for row in cell),
+                "performance": each(cell, "performance"),
+            }
+        )
+    return markdown(table, list(table[0])) if table else "no run has ended yet"
+
+
+def sweep_table(rows):
+    """Thresholds without fine-tuning."""
+    table = []
+    shown = [row for row in rows if row["arm"] == "svd" and int(row["threshold"]) < 8]  # at 8 little is dropped yet
+    cells = grouped(shown, lambda row: int(row["threshold"]))
+    for threshold, cell in sorted(cells.items(), reverse=True):
+        row = {"C": threshold, "dropout rate": f"{1 / (1 + np.exp(-threshold)):.2f}", "sparsity, %": each(cell, "sparsity")}
+        table.append(row | {"performance before fine-tuning": each(cell, "performance")})
+    return markdown(table, list(table[0])) if table else "no run has ended yet"
+
+
+def where(rows):
+    """Device, code and training of the rows, in words."""
+    devices, commits = sorted({row["device"] for row in rows}), sorted({row["commit"][:7] for row in rows})
+    updates = sorted({f"{int(row['updates']):,} + {int(row['fine_tune_updates']):,}" for row in rows})
+    runs = len({(row["arm"], row["cut"], row["seed"]) for row in rows})
+    return f"{runs} students; updates: {', '.join(updates)}; device: {', '.join(devices)}; code of {', '.join(commits)}"
+
+
+def student_tables(results):
+    """{marker: table} of the committed CSV files."""
+    folder, tables = results / GRID, {}
+    if (folder / "students.csv").exists():
+        rows, _ = read_rows(folder / "students.csv")
+        tables[f"{GRID}_methods"] = f"{where(rows)}\n\n{method_table(rows)}"
+        tables[f"{GRID}_arms"] = arm_table(rows)
+        tables[f"{GRID}_layers"] = layer_table(rows)
+        tables[f"{GRID}_sweep"] = sweep_table(read_rows(folder / "sweep.csv")[0])
+    if (folder / "policy.csv").exists():
+        rows, about = read_rows(folder / "policy.csv")
+        tables[f"{GRID}_policy"] = f"{about}\n\n{markdown(rows, list(rows[0]))}"
+    return tables
+
+
+def student_picture(rows, path):
+    """Performance against sparsity: a line per method, a point per student."""
+    figure, axes = begin(1, 2, (9, 3.4))
+    arms = [arm for arm in ("svd", "magnitude", "L1", "dense") if any(row["arm"] == arm for row in rows)]
+    for i, arm in enumerate(arms):
+        cells = grouped([row for row in rows if row["arm"] == arm and share_of(row) in SHARES], share_of)
+        xs = sorted(cells, key=float)
+        label = "dense, cut at once" if arm == "dense" else arm
+        for axis, column in zip(axes[0], ("performance", "heldout_error")):
+            means = [np.mean([float(row[column]) for row in cells[x]]) for x in xs]
+            axis.plot([float(x) for x in xs], means, "-", color=f"C{i}", label=label)
+            for x in xs:
+                values = [float(row[column]) for row in cells[x]]
+                places = float(x) + 0.06 * (i - 1.5) + np.zeros(len(values))
+                axis.plot(places, values, "o", color=f"C{i}", alpha=0.6, markersize=4)
+    axes[0, 0].set(ylabel="performance (teacher = 100)", xlabel="weights dropped (%)")
+    axes[0, 1].set(ylabel="cloning error on held-out episodes", xlabel="weights dropped (%)")
+    for axis in axes[0]:
+        axis.set_xticks([95, 97, 98])
+        axis.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize="small")
+    save(figure, path)
+
+
+def draw_students(results):
+    path = results / GRID / "students.csv"
+    if path.exists():
+        student_picture(read_rows(path)[0], path.with_name("picture.svg"))
