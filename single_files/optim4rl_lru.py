@@ -75,8 +75,8 @@ class Args:
     sample: int = 2048  # coordinates S of all agents' weights that an update of the optimiser is computed from
     meta_lr: float = 1e-2  # the learning rate of Adam, which trains the optimiser
     max_grad_norm: float = 0.5  # the maximum norm of the optimiser's gradient
-    num_validations: int = 4  # how often, evenly spread, fresh agents rate the optimiser; the best is kept; 0: the last is
-    valid_agents: int = 4  # the number of those agents
+    num_validations: int = 3  # how often, evenly spread, fresh agents rate the optimiser; the best is kept; 0: the last is
+    valid_agents: int = 8  # the number of those agents
     test_agents: int = 16  # fresh agents that each optimiser is tested on; 0: no test
     test_updates: int = 200  # updates of each of them (updates)
     baselines: bool = True  # if toggled, known optimisers are tested beside it, each at five rates

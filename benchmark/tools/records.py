@@ -165,8 +165,8 @@ def read_grids(folder, root, results):
     """{name of a grid: (rows, curve)} of the runs below a folder, put over those of the committed CSV files."""
     grids = {}
     for grid in sorted(folder.glob("grids/*/")):
-        if next(grid.glob("*/runs/*/report.json"), None):  # of students, which are no learning curves: students.py
-            continue
+        if next(grid.glob("*/runs/*/report.json"), None) or grid.name == "optim4rl":
+            continue  # no learning curves of agents: students.py, optimizers.py
         if found := [read_record(path, root) for path in sorted(grid.glob("*/record.json"))]:
             rows, curve = [row for row, _ in found], [point for _, points in found for point in points]
             files = results / grid.name / "runs.csv", results / grid.name / "curves.csv"

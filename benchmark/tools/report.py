@@ -9,7 +9,7 @@ From these files and no others come picture.svg, seconds.svg (the same curves ov
 `<!-- results: NAME -->` and `<!-- end results -->`. A run that failed or has not ended is named, and is no part of any mean.
 Returns are those of the agent at that time, never the best so far. Nothing is typed by hand.
 
-Students of a policy have figures of their own, which students.py writes.
+Students of a policy and learned optimisers have figures of their own, which students.py and optimizers.py write.
 
 What benchmark/speed measures lies in benchmark/results/machines/MACHINE; the markers are `<!-- results: MACHINE/NAME -->`.
 """
@@ -28,6 +28,7 @@ from curves import (
     scan_picture,
     update_picture,
 )
+from optimizers import collect_optimizers, draw_optimizers, optimizer_tables
 from records import GOAL, WINDOW, read_grids
 from students import collect_students, draw_students, student_tables
 from tables import fill, grouped, markdown, natural, read_rows, task_name, write_rows
@@ -323,6 +324,7 @@ def measured_tables(results):
 def collect(root, runs, results, with_intervals=True):
     """Writes the CSV files of every grid below a folder of runs."""
     collect_students(root, runs, results)
+    collect_optimizers(root, runs, results)
     for name, (rows, curve) in read_grids(runs, root, results).items():
         write_rows(results / name / "runs.csv", rows)
         if curve:
@@ -357,6 +359,7 @@ def draw(results):
         if found := rows(folder, "update"):
             update_picture(found, rows(folder, "update_scan"), rows(folder, "ppo_update"), folder / "update.svg")
     draw_students(results)
+    draw_optimizers(results)
     if found := rows(results / "memory_length", "curves"):
         memory_length_picture(found, rows(results / "memory_length", "summary"), results / "memory_length" / "picture.svg")
 
@@ -373,7 +376,7 @@ def main():
     if not args.no_pictures:
         draw(results)
     tables = {path.parent.name: grid_table(path.parent) for path in sorted(results.glob("*/runs.csv"))}
-    fill(args.root, tables | measured_tables(results) | student_tables(results))
+    fill(args.root, tables | measured_tables(results) | student_tables(results) | optimizer_tables(results))
 
 
 if __name__ == "__main__":

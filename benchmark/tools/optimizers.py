@@ -1,0 +1,124 @@
+"""The learned optimisers of `benchmark/learn/optim4rl.sh` as CSV files, tables and a picture. report.py calls it.
+
+benchmark/results/optim4rl gets tests.csv: the mean return of fresh agents after every fifth update, of each meta-trained cell,
+and of the known optimisers that its run tested beside it; and summary.csv: return at the end, area under the curve (the mean
+over all updates), and that of the worst agent.
+"""
+
+import json
+
+import numpy as np
+from curves import begin, save
+from records import portable_command, read_events
+from tables import grouped, markdown, natural, read_rows, write_rows
+
+GRID, EVERY = "optim4rl", 5
+SUMMARY = "return", "auc", "worst"
+STRUCTURES, PROCESSINGS = ("adaptive", "linear", "momentum", "raw"), ("none", "signlog", "l2l", "asinh")
+
+
+def read_run(record, root):
+    """(rows of the summary, rows of the test curves) of a finished run; "cell" is what its script is called there."""
+    events = read_events(root / record["folder"])
+    tags = events.Tags()["scalars"]
+    own, key = record["script"].split("/")[-1].removesuffix(".py"), {"key": record["key"]}
+    summary, curves = [], []
+    for tag in (tag for tag in tags if tag.startswith("test/")):
+        name = tag.removeprefix("test/")
+        row = key | {"arm": record["arm"], "seed": record["seed"], "optimiser": "cell" if name == own else name}
+        row |= {what: f"{events.Scalars(f'test_{what}/{name}')[-1].value:.4f}" for what in SUMMARY}
+        row |= {"cpu_seconds": f"{record['cpu_seconds']:.1f}", "commit": record["commit"], "dirty": record["dirty"]}
+        summary.append(row | {"device": record["device"], "command": portable_command(record["command"], root)})
+        points = [(e.step, e.value) for e in events.Scalars(tag) if e.step % EVERY == 0]
+        curves += [key | {"optimiser": row["optimiser"], "update": step, "return": f"{value:.4f}"} for step, value in points]
+    return summary, curves
+
+
+def collect_optimizers(root, runs, results):
+    """Writes summary.csv and tests.csv from the finished runs of the grid, over those that are committed."""
+    found = [json.loads(path.read_text()) for path in sorted(runs.glob(f"grids/{GRID}/*/record.json"))]
+    found = [read_run(record, root) for record in found if record["state"] == "done"]
+    if not found:
+        return
+    for name, part in (("summary", 0), ("tests", 1)):
+        path, new = results / GRID / f"{name}.csv", [row for run in found for row in run[part]]
+        old = read_rows(path)[0] if path.exists() else []
+        keys = {row["key"] for row in new}
+        rows = new + [row for row in old if row["key"] not in keys]
+        write_rows(
+            path, sorted(rows, key=lambda row: [natural(row.get(c, "")) for c in ("arm", "key", "optimiser", "update")])
+        )
+
+
+def each(rows, column):
+    values = [float(row[column]) for row in rows]
+    return f"{np.mean(values):.2f} ({', '.join(f'{value:.2f}' for value in values)})"
+
+
+def optimizer_tables(results):
+    """{marker: table} of the cells, of the known optimisers, and of structures crossed with what the network sees."""
+    path = results / GRID / "summary.csv"
+    if not path.exists():
+        return {}
+    rows = read_rows(path)[0]
+    cells = grouped([row for row in rows if row["optimiser"] == "cell"], lambda row: row["arm"])
+    for runs in cells.values():
+        runs.sort(key=lambda row: int(row["seed"]))
+    where = f"device: {', '.join(sorted({row['device'] for row in rows}))}; "
+    where += f"code of {', '.join(sorted({row['commit'][:7] for row in rows}))}; each meta-seed in brackets"
+    table = [
+        {"cell": arm}
+        | {name: each(runs, column) for name, column in (("return", "return"), ("area under the curve", "auc"))}
+        | {"worst agent": each(runs, "worst"), "CPU s": f"{np.mean([float(r['cpu_seconds']) for r in runs]):.0f}"}
+        for arm, runs in cells.items()
+    ]
+    tables = {GRID: f"{where}\n\n{markdown(table, list(table[0]))}"}
+    known = grouped(
+        [row for row in rows if row["optimiser"] not in ("cell", "untrained")], lambda row: row["optimiser"].rsplit(" ", 1)[0]
+    )
+    lines = []
+    for name, members in known.items():
+        rates = grouped(members, lambda row: float(row["optimiser"].rsplit(" ", 1)[1]))
+        areas = {rate: np.mean([float(row["auc"]) for row in rates[rate]]) for rate in sorted(rates)}
+        best = rates[max(areas, key=areas.get)]
+        lines.append(
+            {
+                "optimiser": name,
+                "area at each rate": ", ".join(f"{rate:g}: {area:.2f}" for rate, area in areas.items()),
+                "return at the best": f"{np.mean([float(row['return']) for row in best]):.2f}",
+                "area": f"{np.mean([float(row['auc']) for row in best]):.2f}",
+                "worst agent": f"{min(float(row['worst']) for row in best):.2f}",
+            }
+        )
+    if lines:
+        tables["optim4rl_known"] = markdown(lines, list(lines[0]))
+    crossed = []
+    for structure in STRUCTURES:
+        row = {"structure": structure}
+        for kind in PROCESSINGS:
+            areas = [float(run["auc"]) for run in cells.get(f"GRU {structure}, {kind}", [])]
+            row[kind] = f"{np.mean(areas):.2f} ± {np.std(areas):.2f} ({len(areas)})" if areas else ""
+        crossed.append(row)
+    tables["optim4rl_crossed"] = markdown(crossed, list(crossed[0]))
+    return tables
+
+
+def draw_optimizers(results):
+    """Return of fresh agents against updates: every meta-seed of a few cells, Adam's rates behind them."""
+    path = results / GRID / "tests.csv"
+    if not path.exists():
+        return
+    arm_of = {row["key"]: row["arm"] for row in read_rows(results / GRID / "summary.csv")[0]}
+    lines = grouped(read_rows(path)[0], lambda row: (arm_of[row["key"]], row["optimiser"], row["key"]))
+    figure, axes = begin(1, 3, (10, 3), sharey=True)
+    for axis, arm in zip(axes[0], ("memoroid", "GRU adaptive, signlog", "GRU linear, signlog")):
+        for (name, optimiser, _), points in lines.items():
+            xs, ys = ([float(point[c]) for point in points] for c in ("update", "return"))
+            if name == "memoroid" and optimiser.startswith("Adam ") and optimiser.split()[1][0].isdigit():
+                axis.plot(xs, ys, color="0.8", linewidth=0.7)
+            if name == arm and optimiser == "cell":
+                axis.plot(xs, ys, color="C3", linewidth=1.2, zorder=3)
+        axis.set(title=arm, xlabel="updates of fresh agents")
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("return (grey: Adam at five rates)")
+    save(figure, results / GRID / "picture.svg")
