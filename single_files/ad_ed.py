@@ -1,6 +1,5 @@
 # docs: docs/algorithm_distillation.md
-# Algorithm distillation: Laskin et al. (2022), "In-context Reinforcement Learning with Algorithm Distillation",
-#   https://arxiv.org/abs/2210.14215
+# Algorithm distillation: Laskin et al. (2022), https://arxiv.org/abs/2210.14215
 # ED, after "Memory-Efficient Algorithm Distillation for In-context Reinforcement Learning",
 #   https://openreview.net/forum?id=5iWim8KqBR
 # ED's recurrence: Ding et al. (2020), "ERNIE-Doc", https://arxiv.org/abs/2012.15688
@@ -381,7 +380,8 @@ def evaluate(agent, args):
     rooms = Rooms(args, np.tile(np.repeat(tasks, runs, 0), (len(args.eval_temperatures), 1)))
     temperature = torch.tensor(args.eval_temperatures).repeat_interleave(len(tasks) * runs)
     generator = torch.Generator().manual_seed(args.seed + 10**6)
-    returns, _ = play(agent, rooms, agent.initial_state(len(temperature)), range(args.episodes), temperature, generator)
+    state = agent.initial_state(len(temperature))
+    returns, _ = play(agent, rooms, state, range(args.episodes), temperature, generator)
     returns = returns.reshape(len(args.eval_temperatures), len(tasks), runs, -1)
     best, chance = (Rooms(args, tasks).expected_returns(choose) for choose in (np.max, np.mean))
     last, curves = max(1, round(args.episodes / 10)), {}
@@ -500,9 +500,8 @@ if __name__ == "__main__":
         history, place, begins = streams.next(window, rng)
         rows = Rows(*(column[history[:, None], place] for column in histories))
         logits, memory = agent(rows, begins.to(device), memory)
-        loss = F.cross_entropy(
-            logits.flatten(0, 1), rows.target.flatten(), ignore_index=-1, label_smoothing=args.label_smoothing
-        )
+        target = rows.target.flatten()
+        loss = F.cross_entropy(logits.flatten(0, 1), target, ignore_index=-1, label_smoothing=args.label_smoothing)
         progress = max(0.0, update - args.warmup_updates) / max(1, args.total_updates - args.warmup_updates)
         cosine = args.final_rate + (1 - args.final_rate) * (1 + np.cos(np.pi * progress)) / 2
         warmup = min(1.0, (update + 1) / max(1, args.warmup_updates))
