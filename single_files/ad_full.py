@@ -68,7 +68,7 @@ class Args:
     # Algorithm specific arguments
     total_updates: int = 500  # updates of the experiment (updates)
     batch_rows: int = 1408  # rows of an update, over all streams (rows)
-    learning_rate: float = 2e-3  # the largest learning rate of the optimizer
+    learning_rate: float = 3e-3  # the largest learning rate of the optimizer
     warmup_updates: int = 100  # the learning rate rises over so many updates, then falls along a cosine (updates)
     final_rate: float = 0.05  # the learning rate of the last update, as a share of the largest
     max_grad_norm: float = 1.0  # the maximum norm of the gradient

@@ -5,16 +5,14 @@
 # Linear transformer: Katharopoulos et al. (2020), "Transformers are RNNs", https://arxiv.org/abs/2006.16236
 """Algorithm distillation with a linear transformer: a memoroid that sums up the whole past, and that a query reads.
 
-    python single_files/ad_linattn.py                  # DarkRoom, on a CPU
-    python single_files/ad_linattn.py --key-size 32          # a larger memory
-    python single_files/ad_linattn.py --resume runs/RUN # continue a killed run exactly
-    python single_files/ad_linattn.py --evaluate runs/RUN# play tasks that training has not seen, weights frozen
+    python single_files/ad_linattn.py                       # DarkRoom, on a CPU
+    python single_files/ad_linattn.py --resume runs/RUN     # continue a killed run exactly
+    python single_files/ad_linattn.py --evaluate runs/RUN   # play tasks that training has not seen, weights frozen
 
 A model learns to predict the actions of an agent that is itself learning. Frozen, in a task that it has not seen, it then
 improves from episode to episode by reading what it did before: the weights stay, the memory changes.
 Copy this file into your project and edit it: the import from cleanrl_memoroid is optional and only makes it faster.
-Shapes: B streams (or runs side by side), W rows of a window, T rows of a chunk, A actions, H width;
-K and V channels of keys and values.
+Shapes: B streams or runs, W rows of a window, T of a chunk, A actions, H width, K and V channels of keys and values.
 Does not include: pixels, continuous actions, environments other than the two rooms below.
 """
 
@@ -71,9 +69,9 @@ class Args:
     exploration_fraction: float = 0.9  # the source's epsilon falls from 1 to 0 over this fraction of a history
 
     # Algorithm specific arguments
-    total_updates: int = 1000  # updates of the experiment (updates)
+    total_updates: int = 800  # updates of the experiment (updates)
     batch_rows: int = 1408  # rows of an update, over all streams (rows)
-    learning_rate: float = 2e-3  # the largest learning rate of the optimizer
+    learning_rate: float = 3e-3  # the largest learning rate of the optimizer
     warmup_updates: int = 100  # the learning rate rises over so many updates, then falls along a cosine (updates)
     final_rate: float = 0.05  # the learning rate of the last update, as a share of the largest
     max_grad_norm: float = 1.0  # the maximum norm of the gradient
@@ -301,7 +299,7 @@ class LinearAttention(nn.Module):
     def forward(self, obs, begins, recurrent_state):
         """TBB: B pieces of history, laid end to end on a tape. [B, T, H], [B, T], [B, K, V + 1] -> [B, T, H], [B, K, V + 1]
 
-        Memory is a sum: the state that a piece begins with is read beside the tape's, up to the first row that begins anew.
+        Memory is a sum: the state at a piece's start is read beside the tape's, up to the first row that begins anew.
         """
         query, key, value, skip = self.lift(obs.flatten(0, 1))
         first = torch.arange(obs.shape[1], device=obs.device) == 0
@@ -311,8 +309,7 @@ class LinearAttention(nn.Module):
         carried = torch.where((resets == 0)[:, :, None], query @ recurrent_state, 0)
         lasting = (resets == resets[:, -1:])[:, :, None]  # rows that nothing is forgotten after
         before = torch.where(begins.any(1)[:, None, None], 0, recurrent_state)
-        recurrent_state = before + (key * lasting).transpose(1, 2) @ value
-        return self.readout(read + carried.flatten(0, 1), skip).view_as(obs), recurrent_state
+        return self.readout(read + carried.flatten(0, 1), skip).view_as(obs), before + (key * lasting).transpose(1, 2) @ value
 
     def step(self, obs, begins, recurrent_state):
         """TBB: one step of N environments, each from its own state. [N, H], [N], [N, K, V + 1] -> [N, H], [N, K, V + 1]"""
@@ -326,23 +323,26 @@ class LinearAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """TBB: a memory with LayerNorm before it, a gated linear unit behind it, and a skip connection."""
+    """TBB: a memory between LayerNorm and a gated linear unit, then an MLP, each with a skip connection."""
 
     def __init__(self, args):
         super().__init__()
         width = args.hidden_size
         self.memory = LinearAttention(width, width, args.key_size, args.value_size)
         self.norm, self.gate = nn.LayerNorm(width), nn.Linear(width, 2 * width)
+        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
     def forward(self, x, begins, recurrent_state):
         """[B, T, H], [B, T], state -> [B, T, H], state"""
         markov_state, recurrent_state = self.memory(self.norm(x), begins, recurrent_state)
-        return x + F.glu(self.gate(markov_state), dim=-1), recurrent_state
+        x = x + F.glu(self.gate(markov_state), dim=-1)
+        return x + self.mlp(x), recurrent_state
 
     def step(self, x, begins, recurrent_state):
         """[N, H], [N], state -> [N, H], state"""
         markov_state, recurrent_state = self.memory.step(self.norm(x), begins, recurrent_state)
-        return x + F.glu(self.gate(markov_state), dim=-1), recurrent_state
+        x = x + F.glu(self.gate(markov_state), dim=-1)
+        return x + self.mlp(x), recurrent_state
 
 
 class Tokens(nn.Module):
@@ -384,16 +384,13 @@ class Agent(nn.Module):
 
     initial_state = initial_memory
 
-    def resets(self, rows):
-        """TBB: the rows at which memory begins anew although a history goes on: none, but for the control."""
-        return (rows.step == 0) & (self.args.reset_on == "episode")
-
     def forward(self, rows, begins, memory):
         """Logits of a window's rows, and the memory after it. Rows of [B, W]; [B]; memory -> [B, W, A], memory
 
         No gradient reaches further back than the window; inside, it is scaled at each boundary of two chunks.
         """
-        tokens, resets = self.tokens(rows), self.resets(rows)
+        # TBB: rows at which memory begins anew although a history goes on: none, but for the control
+        tokens, resets = self.tokens(rows), (rows.step == 0) & (self.args.reset_on == "episode")
         resets = torch.cat([resets[:, :1] | begins[:, None], resets[:, 1:]], 1)
         states, outputs, length = [state.detach() for state in memory], [], self.args.chunk_length or tokens.shape[1]
         for x, chunk_resets in zip(tokens.split(length, dim=1), resets.split(length, dim=1)):
@@ -405,7 +402,7 @@ class Agent(nn.Module):
     @torch.no_grad()
     def step(self, rows, state):
         """Logits of one row of each run: as `forward`, a row at a time. Rows of [N]; state -> [N, A], state"""
-        x, resets, after = self.tokens(rows), self.resets(rows), []
+        x, resets, after = self.tokens(rows), (rows.step == 0) & (self.args.reset_on == "episode"), []
         for block, before in zip(self.blocks, state):
             x, recurrent_state = block.step(x, resets, before)
             after.append(recurrent_state)

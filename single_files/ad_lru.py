@@ -5,10 +5,10 @@
 # LRU: Orvieto et al. (2023), "Resurrecting Recurrent Neural Networks for Long Sequences", https://arxiv.org/abs/2303.06349
 """Algorithm distillation with LRU: a memoroid whose memory fades at fixed rates, which learns this slowly.
 
-    python single_files/ad_lru.py                      # DarkRoom, on a CPU
-    python single_files/ad_lru.py --total-updates 4000        # longer
-    python single_files/ad_lru.py --resume runs/RUN     # continue a killed run exactly
-    python single_files/ad_lru.py --evaluate runs/RUN   # play tasks that training has not seen, weights frozen
+    python single_files/ad_lru.py                           # DarkRoom, on a CPU
+    python single_files/ad_lru.py --total-updates 4000      # longer
+    python single_files/ad_lru.py --resume runs/RUN         # continue a killed run exactly
+    python single_files/ad_lru.py --evaluate runs/RUN       # play tasks that training has not seen, weights frozen
 
 A model learns to predict the actions of an agent that is itself learning. Frozen, in a task that it has not seen, it then
 improves from episode to episode by reading what it did before: the weights stay, the memory changes.
@@ -71,9 +71,9 @@ class Args:
     exploration_fraction: float = 0.9  # the source's epsilon falls from 1 to 0 over this fraction of a history
 
     # Algorithm specific arguments
-    total_updates: int = 1000  # updates of the experiment (updates)
+    total_updates: int = 800  # updates of the experiment (updates)
     batch_rows: int = 1408  # rows of an update, over all streams (rows)
-    learning_rate: float = 2e-3  # the largest learning rate of the optimizer
+    learning_rate: float = 3e-3  # the largest learning rate of the optimizer
     warmup_updates: int = 100  # the learning rate rises over so many updates, then falls along a cosine (updates)
     final_rate: float = 0.05  # the learning rate of the last update, as a share of the largest
     max_grad_norm: float = 1.0  # the maximum norm of the gradient
@@ -382,16 +382,13 @@ class Agent(nn.Module):
 
     initial_state = initial_memory
 
-    def resets(self, rows):
-        """TBB: the rows at which memory begins anew although a history goes on: none, but for the control."""
-        return (rows.step == 0) & (self.args.reset_on == "episode")
-
     def forward(self, rows, begins, memory):
         """Logits of a window's rows, and the memory after it. Rows of [B, W]; [B]; memory -> [B, W, A], memory
 
         No gradient reaches further back than the window; inside, it is scaled at each boundary of two chunks.
         """
-        tokens, resets = self.tokens(rows), self.resets(rows)
+        # TBB: rows at which memory begins anew although a history goes on: none, but for the control
+        tokens, resets = self.tokens(rows), (rows.step == 0) & (self.args.reset_on == "episode")
         resets = torch.cat([resets[:, :1] | begins[:, None], resets[:, 1:]], 1)
         states, outputs, length = [state.detach() for state in memory], [], self.args.chunk_length or tokens.shape[1]
         for x, chunk_resets in zip(tokens.split(length, dim=1), resets.split(length, dim=1)):
@@ -403,7 +400,7 @@ class Agent(nn.Module):
     @torch.no_grad()
     def step(self, rows, state):
         """Logits of one row of each run: as `forward`, a row at a time. Rows of [N]; state -> [N, A], state"""
-        x, resets, after = self.tokens(rows), self.resets(rows), []
+        x, resets, after = self.tokens(rows), (rows.step == 0) & (self.args.reset_on == "episode"), []
         for block, before in zip(self.blocks, state):
             x, recurrent_state = block.step(x, resets, before)
             after.append(recurrent_state)

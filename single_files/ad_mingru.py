@@ -1,6 +1,6 @@
 # docs: docs/algorithm_distillation.md
-# Variant of single_files/ad_ed.py. Changed: imports, Args.total_updates, Args, resettable, associative_scan, MinGRU, Block,
-#   Agent, check_memory
+# Variant of single_files/ad_ed.py. Changed: imports, Args.total_updates, Args, resettable,
+#   associative_scan, MinGRU, Block, Agent, check_memory
 # Algorithm distillation: Laskin et al. (2022), https://arxiv.org/abs/2210.14215
 # Memoroid and tape: Morad et al. (2024), "Recurrent Reinforcement Learning with Memoroids", https://arxiv.org/abs/2402.09900
 # minGRU: Feng et al. (2024), "Were RNNs All We Needed?", https://arxiv.org/abs/2410.01201
@@ -71,9 +71,9 @@ class Args:
     exploration_fraction: float = 0.9  # the source's epsilon falls from 1 to 0 over this fraction of a history
 
     # Algorithm specific arguments
-    total_updates: int = 1000  # updates of the experiment (updates)
+    total_updates: int = 800  # updates of the experiment (updates)
     batch_rows: int = 1408  # rows of an update, over all streams (rows)
-    learning_rate: float = 2e-3  # the largest learning rate of the optimizer
+    learning_rate: float = 3e-3  # the largest learning rate of the optimizer
     warmup_updates: int = 100  # the learning rate rises over so many updates, then falls along a cosine (updates)
     final_rate: float = 0.05  # the learning rate of the last update, as a share of the largest
     max_grad_norm: float = 1.0  # the maximum norm of the gradient
@@ -301,7 +301,7 @@ class MinGRU(nn.Module):
 
 
 class Block(nn.Module):
-    """TBB: a memory with LayerNorm before it, a gated linear unit behind it, and a skip connection."""
+    """TBB: a memory between LayerNorm and a gated linear unit, then an MLP, each with a skip connection."""
 
     def __init__(self, args):
         super().__init__()
@@ -311,16 +311,19 @@ class Block(nn.Module):
         nn.init.zeros_(self.memory.inputs.bias)
         self.memory.inputs.bias.data[:width] = torch.linspace(-1, -6, width)
         self.norm, self.gate = nn.LayerNorm(width), nn.Linear(width, 2 * width)
+        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
     def forward(self, x, begins, recurrent_state):
         """[B, T, H], [B, T], state -> [B, T, H], state"""
         markov_state, recurrent_state = self.memory(self.norm(x), begins, recurrent_state)
-        return x + F.glu(self.gate(markov_state), dim=-1), recurrent_state
+        x = x + F.glu(self.gate(markov_state), dim=-1)
+        return x + self.mlp(x), recurrent_state
 
     def step(self, x, begins, recurrent_state):
         """[N, H], [N], state -> [N, H], state"""
         markov_state, recurrent_state = self.memory.step(self.norm(x), begins, recurrent_state)
-        return x + F.glu(self.gate(markov_state), dim=-1), recurrent_state
+        x = x + F.glu(self.gate(markov_state), dim=-1)
+        return x + self.mlp(x), recurrent_state
 
 
 class Tokens(nn.Module):
@@ -362,16 +365,13 @@ class Agent(nn.Module):
 
     initial_state = initial_memory
 
-    def resets(self, rows):
-        """TBB: the rows at which memory begins anew although a history goes on: none, but for the control."""
-        return (rows.step == 0) & (self.args.reset_on == "episode")
-
     def forward(self, rows, begins, memory):
         """Logits of a window's rows, and the memory after it. Rows of [B, W]; [B]; memory -> [B, W, A], memory
 
         No gradient reaches further back than the window; inside, it is scaled at each boundary of two chunks.
         """
-        tokens, resets = self.tokens(rows), self.resets(rows)
+        # TBB: rows at which memory begins anew although a history goes on: none, but for the control
+        tokens, resets = self.tokens(rows), (rows.step == 0) & (self.args.reset_on == "episode")
         resets = torch.cat([resets[:, :1] | begins[:, None], resets[:, 1:]], 1)
         states, outputs, length = [state.detach() for state in memory], [], self.args.chunk_length or tokens.shape[1]
         for x, chunk_resets in zip(tokens.split(length, dim=1), resets.split(length, dim=1)):
@@ -383,7 +383,7 @@ class Agent(nn.Module):
     @torch.no_grad()
     def step(self, rows, state):
         """Logits of one row of each run: as `forward`, a row at a time. Rows of [N]; state -> [N, A], state"""
-        x, resets, after = self.tokens(rows), self.resets(rows), []
+        x, resets, after = self.tokens(rows), (rows.step == 0) & (self.args.reset_on == "episode"), []
         for block, before in zip(self.blocks, state):
             x, recurrent_state = block.step(x, resets, before)
             after.append(recurrent_state)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from curves import grid_picture, interval_rows, memory_length_picture, scan_picture, update_picture
+from in_context import in_context_picture, in_context_tables
 from records import GOAL, WINDOW, read_grids
 from tables import fill, grouped, markdown, natural, read_rows, task_name, write_rows
 
@@ -232,6 +233,8 @@ def draw(results):
             update_picture(found, rows(folder, "update_scan"), rows(folder, "ppo_update"), folder / "update.svg")
     if found := rows(results / "memory_length", "curves"):
         memory_length_picture(found, rows(results / "memory_length", "summary"), results / "memory_length" / "picture.svg")
+    if (results / "in_context" / "summary.csv").exists():
+        in_context_picture(results)
 
 
 def main():
@@ -246,7 +249,7 @@ def main():
     if not args.no_pictures:
         draw(results)
     tables = {path.parent.name: grid_table(path.parent) for path in sorted(results.glob("*/runs.csv"))}
-    fill(args.root, tables | measured_tables(results))
+    fill(args.root, tables | measured_tables(results) | in_context_tables(results))
 
 
 if __name__ == "__main__":
