@@ -6,48 +6,45 @@ cd "$(dirname "$0")/../.."
 export OMP_NUM_THREADS=1
 in_context() { "${PYTHON:-python}" benchmark/probes/in_context.py "$@"; }
 ed=single_files/ad_ed.py
-door="--env-id DarkKeyToDoor --episode-length 15 --episodes 40 --histories-per-task 3 --test-tasks 24 --total-updates 800"
+door="--env-id DarkKeyToDoor --episode-length 15 --episodes 40 --histories-per-task 3 --test-tasks 24"
 chunks="--chunk-length 16 --mem-len 48 --batch-rows 2048" # of DarkKeyToDoor, whose episodes have 16 rows
 room="--room-size 9 --episode-length 20 --episodes 60 --histories-per-task 20 --test-tasks 15"
+mingru=single_files/ad_mingru.py
 
 {
-    for seed in 1 2 3 4 5; do # memories
-        echo "minGRU: single_files/ad_mingru.py --seed $seed"
+    for seed in 1 2 3 4 5; do # at equal processor time: 800 updates of memoroids, 500 of transformers
+        echo "minGRU: $mingru --seed $seed"
         echo "ED: $ed --seed $seed"
     done
     for seed in 1 2 3 4 5; do # a task with two places to remember
-        echo "minGRU: single_files/ad_mingru.py $door --batch-rows 1920 --seed $seed"
+        echo "minGRU: $mingru $door --batch-rows 1920 --seed $seed"
         echo "ED: $ed $door $chunks --seed $seed"
     done
     for seed in 1 2 3 4 5; do
-        echo "full context: single_files/ad_full.py --seed $seed"
         echo "linear attention: single_files/ad_linattn.py --seed $seed"
-        echo "minGRU, reset at episodes: single_files/ad_mingru.py --reset-on episode --seed $seed"
+        echo "minGRU, reset at episodes: $mingru --reset-on episode --seed $seed"
+        echo "ED, scale 1: $ed --mem-grad-scale 1 --seed $seed"
+    done
+    echo "minGRU: $mingru $room --batch-rows 5040 --seed 1" # a larger room
+    for seed in 1 2 3 4 5; do
+        echo "full context: single_files/ad_full.py --seed $seed"
+        echo "XL: $ed --cache input --seed $seed"
+        echo "ED, scale 0.5: $ed --mem-grad-scale 0.5 --seed $seed"
     done
     for seed in 1 2 3 4 5; do
-        echo "XL: $ed --cache input --seed $seed"
+        echo "ED, pre-norm: $ed --norm pre --seed $seed"
         echo "reduced context: single_files/ad_full.py --context-length 11 --seed $seed"
         echo "LRU: single_files/ad_lru.py --seed $seed"
     done
-    for seed in 1 2 3 4 5; do # the gradient into the memory, at equal windows of 44 rows
-        echo "ED, scale 0.5: $ed --mem-grad-scale 0.5 --seed $seed"
-        echo "ED, scale 1: $ed --mem-grad-scale 1 --seed $seed"
-        echo "ED, pre-norm: $ed --norm pre --seed $seed"
-    done
-    for seed in 1 2 3 4 5; do
-        for scale in 0 0.5 1; do
-            echo "minGRU, window, scale $scale: single_files/ad_mingru.py --chunk-length 11 --bptt-chunks 4 --mem-grad-scale $scale --seed $seed"
-        done
-    done
-    for seed in 1 2 3 4 5; do # a cache shorter than the window: here a gradient can teach relaying
+    for seed in 1 2 3 4 5; do # a cache shorter than the window: here a gradient can teach relaying; and minGRU in that window
         for scale in 0 0.5 1; do
             echo "ED, short cache, scale $scale: $ed --mem-len 11 --mem-grad-scale $scale --seed $seed"
+            echo "minGRU, window, scale $scale: $mingru --chunk-length 11 --bptt-chunks 4 --mem-grad-scale $scale --seed $seed"
         done
+    done
+    for seed in 1 2 3 4 5; do
         echo "no cache: $ed --cache none --seed $seed"
         echo "ED, smoothed labels: $ed --label-smoothing 0.1 --seed $seed"
         echo "ED, early greed: $ed --exploration-fraction 0.3 --seed $seed"
-    done
-    for seed in 1 2 3; do # a larger room
-        echo "minGRU: single_files/ad_mingru.py $room --batch-rows 5040 --seed $seed"
     done
 } | in_context "$@"

@@ -6,8 +6,8 @@ A line of the standard input is a run, `ARM: SCRIPT FLAGS`; its folder is runs/i
 benchmark/results/in_context, is not done again, so a grid that was stopped goes on. The files:
 
 summary.csv    a row per run. icl_1 and icl_0.5: in-context learning at these temperatures, on held-out tasks, 4 runs each:
-               (mean of the last 10 % of episodes - mean of the first two) / (optimum - random moves); icl_train_0.5: as
-               much of training tasks. worst_0.5: the last 10 % as a share of the optimum, of the task where that is smallest.
+               (mean of the last 10 % of episodes - mean of the first two) / (optimum - random moves); icl_train_0.5: the
+               same on training tasks. worst_0.5: the last 10 % as a share of the optimum, of the task where that is smallest.
                above_floor: loss of the last 50 updates less the source's entropy (nat). updates_to_floor: updates until the
                mean loss of 20 is within 0.1 nat of it; empty: never. grad_*: percentiles of the gradient's norm before
                clipping; spikes: norms above 10 times the median of the 50 before. train_seconds: processor time of the
