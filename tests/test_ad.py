@@ -27,6 +27,7 @@ ARMS = [  # script, flags: all that changes what a model computes
     ("ad_linattn", {}),
     ("ad_linattn", {"chunk_length": 8, "bptt_chunks": 2}),
     ("ad_lru", {}),
+    ("ad_lru", {"chunk_length": 8, "bptt_chunks": 2}),
     ("ad_lru", {"chunk_length": 4, "bptt_chunks": 4, "reset_on": "episode"}),
 ]
 TINY = "--room-size 3 --episode-length 3 --episodes 8 --test-tasks 2 --histories-per-task 2 --total-updates 12".split()
@@ -264,6 +265,26 @@ def test_the_optimum_is_what_the_best_plan_gets(env_id, best):
         np.testing.assert_allclose(total.max(1), 5 - distance + 1)
 
 
+@pytest.mark.parametrize("env_id", ["DarkRoom", "DarkKeyToDoor"])
+def test_rooms_do_as_their_rules_say(env_id):
+    """Walked by hand: the rules in coordinates, without tables."""
+    module, args, _ = tiny("ad_ed", env_id=env_id)
+    tasks = np.concatenate(module.make_tasks(args))
+    rooms, rng = module.Rooms(args, tasks), np.random.default_rng(0)
+    state, places, found, hits = np.full(len(tasks), rooms.start), np.ones((len(tasks), 2), int), np.zeros(len(tasks), int), 0
+    for _ in range(60):
+        actions = rng.integers(5, size=len(tasks))
+        state, rewards = rooms.step(state, actions)
+        for i, (task, action) in enumerate(zip(tasks, actions)):
+            places[i] = np.clip(places[i] + [(0, 0), (-1, 0), (0, 1), (1, 0), (0, -1)][action], 0, 2)
+            cell = 3 * places[i][0] + places[i][1]
+            hit = cell == task[0] if env_id == "DarkRoom" else found[i] < 2 and cell == task[found[i]]
+            found[i] += hit
+            assert rewards[i] == hit and state[i] % 9 == cell
+        hits += rewards.sum()
+    assert hits > 50 and (env_id == "DarkRoom" or found.max() == 2)
+
+
 def test_the_source_learns_and_its_floor_is_that_of_its_probabilities():
     module = load_script("ad_ed")
     args = module.Args()
@@ -356,7 +377,7 @@ def test_equal_seeds_give_equal_runs_and_a_finished_run_is_logged_once(finished,
 
 @pytest.mark.parametrize("script, stop", [("ad_ed", signal.SIGKILL), ("ad_mingru", signal.SIGTERM)])
 def test_a_run_that_is_stopped_resumes_exactly(finished, tmp_path, script, stop):
-    more = ["--total-updates", 400, "--eval-runs", 1, "--checkpoint-interval", 3]
+    more = ["--total-updates", 250, "--eval-runs", 1, "--checkpoint-interval", 3]
     whole, folder = tmp_path / "whole", tmp_path / "stopped"
     for place in (whole, folder):
         place.mkdir()
@@ -427,6 +448,63 @@ def test_a_resumed_run_keeps_its_data_and_takes_other_flags(finished, tmp_path):
 def test_help_reads_like_documentation(script):
     out = run(".", "--help", script=script)
     assert "the source's epsilon falls from 1 to 0" in " ".join(out.split()) or "epsilon" in out
+
+
+@pytest.fixture
+def probe(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmark" / "probes")
+    import in_context
+
+    return in_context
+
+
+class Walker:
+    """Walks at random until it is rewarded, then to that cell; it forgets the cell after so many episodes without a reward."""
+
+    def __init__(self, room_size, patience):
+        self.size, self.patience, self.head = room_size, patience, torch.nn.Linear(1, 1)
+
+    def initial_state(self, number):
+        return torch.full((number,), -1), torch.zeros(number)
+
+    def step(self, rows, state):
+        goal, without = state
+        found = rows.reward > 0
+        goal, without = torch.where(found, rows.cell, goal), torch.where(found, 0, without + (rows.step == 0))
+        goal = torch.where(without > self.patience, -1, goal)
+        (y, x), (to_y, to_x) = ((cell // self.size, cell % self.size) for cell in (rows.cell, goal))
+        towards = torch.stack([goal == rows.cell, y > to_y, x < to_x, y < to_y, x > to_x], 1)  # stay, up, right, down, left
+        return torch.where((goal >= 0)[:, None], towards * 100.0, 0), (goal, without)
+
+
+@pytest.mark.parametrize("patience, lasts", [(1000, 12), (4, 3), (1, 0)])
+def test_retention_is_how_long_a_memory_lasts(probe, patience, lasts):
+    """The patience counts the episode of the test itself."""
+    module, args, _ = tiny("ad_ed", episode_length=6, episodes=32)
+    tasks = module.make_tasks(args)[0]
+    for gap, (share, runs) in probe.retention(module, args, Walker(3, patience), 20, tasks).items():
+        assert runs > 60
+        assert share > 0.95 if gap <= lasts else share < 0.75, (gap, share)
+
+
+def test_retention_is_that_of_the_runs_that_have_learned(probe):
+    """In a large room some never find the goal."""
+    module, args, _ = tiny("ad_ed", room_size=7, episode_length=6, episodes=32)
+    tasks = module.make_tasks(args)[0]
+    tasks = tasks[np.abs(np.stack(np.divmod(tasks[:, 0], 7)) - 3).sum(0) <= 4]
+    found = probe.retention(module, args, Walker(7, 1000), 4, tasks)
+    assert all(share > 0.99 and 10 < runs < 3 * len(tasks) for share, runs in found.values()), found
+
+
+def test_the_probe_measures_a_run(probe, finished):
+    for script in ("ad_ed", "ad_mingru"):
+        run_dir = run_folder(finished(script)[0])
+        figures, curves, kept = probe.measure(run_dir)
+        assert figures["weights"] == sum(v.numel() for v in model(finished(script)[0]).values())
+        assert len(curves[1]) == 8 and list(kept) == [0, 1, 2, 3] and figures["step_ms"] > 0
+        assert figures["updates_to_floor"] == "" and figures["grad_50"] <= figures["grad_100"]
+        rows = 64  # each row keeps its tokens at least
+        assert 1e6 * figures["saved_mb"] > rows * 16 * 4 and figures["saved_row_kb"] > 0.064
 
 
 @pytest.mark.slow

@@ -11,8 +11,8 @@ summary.csv    a row per run. icl_1 and icl_0.5: in-context learning at these te
                above_floor: loss of the last 50 updates less the source's entropy (nat). updates_to_floor: updates until the
                mean loss of 20 is within 0.1 nat of it; empty: never. grad_*: percentiles of the gradient's norm before
                clipping; spikes: norms above 10 times the median of the 50 before. train_seconds: processor time of the
-               training loop; step_ms: of a step of `step_runs` runs side by side. saved_mb: what an update keeps for its
-               backward pass, weights left out; saved_row_kb: the same per row
+               training loop; step_ms: of an acting step of 24 runs side by side, in milliseconds. saved_mb: what an update
+               keeps for its backward pass, weights left out; saved_row_kb: the same per row
 curves.csv     mean return of the held-out tasks over in-context episodes, as a share of the optimum
 retention.csv  after half a history in context, J episodes in which nobody moves or is rewarded, then one episode: its return
                as a share of the optimum, over the runs whose last three episodes were above 0.6, of which there are `runs`
@@ -101,15 +101,24 @@ def saved_bytes(module, args, agent):
 
 
 def in_context(module, args, agent, runs, temperature, tasks):
-    """(returns [tasks, runs, episodes], optimum [tasks], random moves [tasks], processor milliseconds per step)."""
+    """(returns [tasks, runs, episodes], optimum [tasks], random moves [tasks])"""
     rooms = module.Rooms(args, np.repeat(tasks, runs, 0))
     number, generator = len(rooms.tasks), torch.Generator().manual_seed(args.seed)
-    state, began = agent.initial_state(number), time.process_time()
     temperatures = torch.full((number,), temperature)
-    returns, _ = module.play(agent, rooms, state, range(args.episodes), temperatures, generator)
-    milliseconds = 1e3 * (time.process_time() - began) / (args.episodes * (args.episode_length + 1))
+    returns, _ = module.play(agent, rooms, agent.initial_state(number), range(args.episodes), temperatures, generator)
     best, chance = (module.Rooms(args, tasks).expected_returns(choose) for choose in (np.max, np.mean))
-    return returns.reshape(len(tasks), runs, -1), best, chance, milliseconds
+    return returns.reshape(len(tasks), runs, -1), best, chance
+
+
+def step_milliseconds(module, args, agent, runs=24):
+    """Processor time of an acting step of so many runs side by side, the mean over one whole history."""
+    tasks = np.resize(module.make_tasks(args)[0], (runs, module.make_tasks(args)[0].shape[1]))
+    history = module.learning_histories(args, tasks, np.random.default_rng(0))[0]
+    rows = [module.Rows(*(column[:, t] for column in history)) for t in range(history.cell.shape[1])]
+    state, began = agent.initial_state(runs), time.process_time()
+    for row in rows:
+        _, state = agent.step(row, state)
+    return 1e3 * (time.process_time() - began) / len(rows)
 
 
 def retention(module, args, agent, runs, tasks):
@@ -120,7 +129,7 @@ def retention(module, args, agent, runs, tasks):
     learned = args.episodes // 2  # and no episode has a number that training does not know
     returns, state = module.play(agent, rooms, agent.initial_state(number), range(learned), temperature, generator)
     good, found, episode = returns[:, -3:].mean(1) > 0.6 * best, {}, learned
-    for gap in GAPS:
+    for gap in (gap for gap in GAPS if learned + gap < args.episodes):
         if still := range(episode, learned + gap):
             _, state = module.play(agent, rooms, state, still, temperature, generator, still=True)
         episode = learned + gap
@@ -137,17 +146,17 @@ def measure(run):
     test = test[:24]
     figures = {"weights": sum(p.numel() for p in agent.parameters())}
     for temperature in (1.0, 0.5):
-        returns, best, chance, milliseconds = in_context(module, args, agent, 4, temperature, test)
+        returns, best, chance = in_context(module, args, agent, 4, temperature, test)
         last = max(1, round(args.episodes / 10))
         figures[f"icl_{temperature:g}"] = module.in_context_learning(returns.reshape(-1, args.episodes), best, chance)
         figures[f"return_{temperature:g}"] = returns[..., -last:].mean()
         if temperature == 1:
             curve = returns.mean((0, 1)) / best.mean()
     figures["worst_0.5"] = (returns[..., -last:].mean((1, 2)) / best).min()
-    train_returns, train_best, train_chance, _ = in_context(module, args, agent, 4, 0.5, train_tasks[: len(test)])
+    train_returns, train_best, train_chance = in_context(module, args, agent, 4, 0.5, train_tasks[: len(test)])
     flat = train_returns.reshape(-1, args.episodes)
     figures["icl_train_0.5"] = module.in_context_learning(flat, train_best, train_chance)
-    figures |= {"step_ms": milliseconds, "step_runs": 4 * len(test)}
+    figures["step_ms"] = step_milliseconds(module, args, agent)
     size, rows = saved_bytes(module, args, agent)
     figures |= {"optimum": best.mean(), "random": chance.mean(), "saved_mb": size / 1e6, "saved_row_kb": size / rows / 1e3}
     curves = {1: curve, 0.5: returns.mean((0, 1)) / best.mean()}

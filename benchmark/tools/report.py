@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from curves import grid_picture, interval_rows, memory_length_picture, scan_picture, update_picture
-from in_context import in_context_picture, in_context_tables
+from distillation import in_context_picture, in_context_tables
 from records import GOAL, WINDOW, read_grids
 from tables import fill, grouped, markdown, natural, read_rows, task_name, write_rows
 
