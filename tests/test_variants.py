@@ -11,6 +11,7 @@ from variants import Script, difference, header, variants
 SCRIPTS = ROOT / "single_files"
 # all others are variants
 ORIGINALS = {
+    "ad_ed",
     "dqn_tbb_ffm",
     "ppo_tbb_ffm",
     "optim4rl",

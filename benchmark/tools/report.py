@@ -28,6 +28,7 @@ from curves import (
     scan_picture,
     update_picture,
 )
+from distillation import in_context_picture, in_context_tables
 from optimizers import collect_optimizers, draw_optimizers, optimizer_tables
 from records import GOAL, WINDOW, read_grids
 from students import collect_students, draw_students, student_tables
@@ -362,6 +363,8 @@ def draw(results):
     draw_optimizers(results)
     if found := rows(results / "memory_length", "curves"):
         memory_length_picture(found, rows(results / "memory_length", "summary"), results / "memory_length" / "picture.svg")
+    if (results / "in_context" / "summary.csv").exists():
+        in_context_picture(results)
 
 
 def main():
@@ -376,7 +379,8 @@ def main():
     if not args.no_pictures:
         draw(results)
     tables = {path.parent.name: grid_table(path.parent) for path in sorted(results.glob("*/runs.csv"))}
-    fill(args.root, tables | measured_tables(results) | student_tables(results) | optimizer_tables(results))
+    tables |= measured_tables(results) | student_tables(results) | optimizer_tables(results) | in_context_tables(results)
+    fill(args.root, tables)
 
 
 if __name__ == "__main__":

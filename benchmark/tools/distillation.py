@@ -1,0 +1,126 @@
+"""Tables and picture of benchmark/results/in_context, which benchmark/probes/in_context.py measures."""
+
+import numpy as np
+from curves import begin, save
+from tables import grouped, markdown, read_rows
+
+MEMORIES = "minGRU", "ED", "full context", "linear attention", "XL", "reduced context", "LRU"
+CONTROLS = "minGRU, reset at episodes", "no cache", "ED, early greed"
+ED = "ED", "ED, scale 0.5", "ED, scale 1", "ED, pre-norm", "ED, smoothed labels"
+SCALES = *(f"{arm}, scale {scale}" for arm in ("ED, short cache", "minGRU, window") for scale in ("0", "0.5", "1")), "minGRU"
+GAPS = "0", "1", "3", "6", "12"
+
+
+def numbers(rows, name):
+    return np.array([float(row[name]) for row in rows if row[name] not in ("", "nan")])
+
+
+def spread(rows, name, digits=2):
+    """Mean ± standard deviation over seeds; "-" where there is none."""
+    found = numbers(rows, name)
+    return f"{found.mean():.{digits}f} ± {found.std():.{digits}f}" if len(found) else "-"
+
+
+def each(rows, name, digits=2):
+    """The figure of every seed, in their order."""
+    return ", ".join(f"{float(row[name]):.{digits}f}" if row[name] else "never" for row in rows)
+
+
+def mean(rows, name, digits=3):
+    """Of the seeds, to so many digits in all."""
+    found = numbers(rows, name)
+    return f"{found.mean():.{digits}g}" if len(found) else "-"
+
+
+def learning(rows):
+    return {
+        "ICL, T = 1": spread(rows, "icl_1"),
+        "ICL, T = 0.5": spread(rows, "icl_0.5"),
+        "each seed, T = 0.5": each(rows, "icl_0.5"),
+        "worst task, each seed": each(rows, "worst_0.5"),
+        "CPU seconds": mean(rows, "train_seconds"),
+    }
+
+
+def cost(rows):
+    return {
+        "weights": f"{numbers(rows, 'weights').mean():,.0f}",
+        "ms per step of 24 runs": mean(rows, "step_ms", 2),
+        "kB kept per row": mean(rows, "saved_row_kb"),
+        "MB kept per update": mean(rows, "saved_mb"),
+        "training tasks, T = 0.5": spread(rows, "icl_train_0.5"),
+    }
+
+
+def convergence(rows):
+    return {
+        "ICL, T = 1": spread(rows, "icl_1"),
+        "ICL, T = 0.5": spread(rows, "icl_0.5"),
+        "above the floor": spread(rows, "above_floor", 3),
+        "updates until 0.1 above, each seed": ", ".join(row["updates_to_floor"] or "never" for row in rows),
+        "gradient's norm: 50, 95, 99, 100 %; spikes": ", ".join(mean(rows, f"grad_{p}", 2) for p in (50, 95, 99, 100))
+        + f"; {numbers(rows, 'spikes').sum():.0f}",
+    }
+
+
+def table(rows, arms, columns):
+    """A row for each arm that has been measured, with how many seeds where those are not five."""
+    found = []
+    for arm in arms:
+        if cell := sorted((row for row in rows if row["arm"] == arm), key=lambda row: int(row["seed"])):
+            found.append({"arm": arm if len(cell) == 5 else f"{arm} ({len(cell)} seeds)"} | columns(cell))
+    return markdown(found, list(found[0])) if found else "not measured"
+
+
+def in_context_tables(results):
+    """{marker: table} of the folder, {} if it is not there."""
+    folder = results / "in_context"
+    if not (folder / "summary.csv").exists():
+        return {}
+    rows = read_rows(folder / "summary.csv")[0]
+    kept = read_rows(folder / "retention.csv")[0]
+    small = [row for row in rows if row["env_id"] == "DarkRoom" and row["room_size"] == "5"]
+    large = [row for row in rows if row["room_size"] != "5"]
+    door = [row for row in rows if row["env_id"] == "DarkKeyToDoor"]
+
+    def retention(cell):
+        keys = {row["key"] for row in cell}
+        return {f"J = {gap}": spread([r for r in kept if r["key"] in keys and r["gap"] == gap], "share") for gap in GAPS}
+
+    every = [*MEMORIES, *CONTROLS, *(arm for arm in (*ED, *SCALES) if arm not in MEMORIES)]
+    return {
+        "in_context/memories": table(small, MEMORIES, learning),
+        "in_context/retention": table(small, every, retention),
+        "in_context/cost": table(small, MEMORIES, cost),
+        "in_context/controls": table(small, CONTROLS, convergence),
+        "in_context/gradient": table(small, ED, convergence),
+        "in_context/scales": table(small, SCALES, convergence),
+        "in_context/door": table(door, MEMORIES, learning),
+        "in_context/door_retention": table(door, MEMORIES, retention),
+        "in_context/large_room": table(large, MEMORIES, learning),
+    }
+
+
+def in_context_picture(results):
+    """Share of the optimum over in-context episodes, and what is left of it after J episodes without reward."""
+    folder = results / "in_context"
+    curves, kept = (read_rows(folder / f"{name}.csv")[0] for name in ("curves", "retention"))
+    figure, axes = begin(2, 2, (12, 8))
+    arms = [*MEMORIES, CONTROLS[0]]
+    for line, env_id in zip(axes, ("DarkRoom", "DarkKeyToDoor")):
+        here = [row for row in curves if row["env_id"] == env_id and row["room_size"] == "5" and row["temperature"] == "0.5"]
+        gone = [row for row in kept if row["env_id"] == env_id and row["room_size"] == "5"]
+        panels = (here, "episode", "share of the optimum, T = 0.5"), (gone, "gap", "after J episodes without reward")
+        for axis, (rows, x, title) in zip(line, panels):
+            for number, arm in enumerate(arms):
+                points = grouped((r for r in rows if r["arm"] == arm), lambda row, x=x: int(row[x]))
+                if points:
+                    values = {place: numbers(cell, "share") for place, cell in points.items()}
+                    values = {place: found for place, found in values.items() if len(found)}
+                    axis.plot(list(values), [v.mean() for v in values.values()], color=f"C{number}", label=arm)
+                    low, high = ([f(v) for v in values.values()] for f in (np.min, np.max))
+                    axis.fill_between(list(values), low, high, color=f"C{number}", alpha=0.12, lw=0)
+            axis.set(title=f"{env_id}: {title}", xlabel="episode in context" if x == "episode" else "J", ylim=(0, 1.05))
+            axis.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize="small")
+    save(figure, folder / "picture.svg")
