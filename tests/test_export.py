@@ -85,6 +85,9 @@ def test_rows_of_a_sparse_matrix(tmp_path):
         texts.append((tmp_path / "policy.h").read_text())
     assert "static const uint8_t k" in texts[1] and "static const uint8_t k" not in texts[0]
     assert len(texts[1]) < len(texts[0])
+    (tmp_path / "policy.h").write_text(texts[1].replace("action[i] = ", "action[i] = 1.0f + "))
+    other = compiled(tmp_path / "policy.h", tmp_path)  # not the library of that name which is loaded already
+    assert exporting.largest_error(agent, other, rows) > 0.3
 
 
 def test_the_numpy_policy_needs_numpy_alone(tmp_path):
