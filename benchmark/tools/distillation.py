@@ -7,7 +7,7 @@ from tables import grouped, markdown, read_rows
 MEMORIES = "minGRU", "ED", "full context", "linear attention", "XL", "reduced context", "LRU"
 CONTROLS = "minGRU, reset at episodes", "no cache", "ED, early greed"
 ED = "ED", "ED, scale 0.5", "ED, scale 1", "ED, pre-norm", "ED, smoothed labels"
-SCALES = *(f"{arm}, scale {scale}" for arm in ("ED, short cache", "minGRU, window") for scale in ("0", "0.5", "1")), "minGRU"
+SCALES = [f"{arm}, scale {scale}" for arm in ("ED, short cache", "minGRU, window") for scale in ("0", "0.5", "1")]
 GAPS = "0", "1", "3", "6", "12"
 
 
@@ -16,9 +16,11 @@ def numbers(rows, name):
 
 
 def spread(rows, name, digits=2):
-    """Mean ± standard deviation over seeds; "-" where there is none."""
+    """Mean ± standard deviation over seeds; of one seed its figure, of none "-"."""
     found = numbers(rows, name)
-    return f"{found.mean():.{digits}f} ± {found.std():.{digits}f}" if len(found) else "-"
+    if len(found) < 2:
+        return f"{found[0]:.{digits}f}" if len(found) else "-"
+    return f"{found.mean():.{digits}f} ± {found.std():.{digits}f}"
 
 
 def each(rows, name, digits=2):
@@ -68,7 +70,8 @@ def table(rows, arms, columns):
     found = []
     for arm in arms:
         if cell := sorted((row for row in rows if row["arm"] == arm), key=lambda row: int(row["seed"])):
-            found.append({"arm": arm if len(cell) == 5 else f"{arm} ({len(cell)} seeds)"} | columns(cell))
+            number = "" if len(cell) == 5 else f" ({len(cell)} seed{'s' * (len(cell) > 1)})"
+            found.append({"arm": arm + number} | columns(cell))
     return markdown(found, list(found[0])) if found else "not measured"
 
 
@@ -80,24 +83,32 @@ def in_context_tables(results):
     rows = read_rows(folder / "summary.csv")[0]
     kept = read_rows(folder / "retention.csv")[0]
     small = [row for row in rows if row["env_id"] == "DarkRoom" and row["room_size"] == "5"]
-    large = [row for row in rows if row["room_size"] != "5"]
-    door = [row for row in rows if row["env_id"] == "DarkKeyToDoor"]
+
+    def share(cell, gap):
+        keys = {row["key"] for row in cell}
+        return spread([row for row in kept if row["key"] in keys and row["gap"] == gap], "share")
 
     def retention(cell):
-        keys = {row["key"] for row in cell}
-        return {f"J = {gap}": spread([r for r in kept if r["key"] in keys and r["gap"] == gap], "share") for gap in GAPS}
+        return {f"J = {gap}": share(cell, gap) for gap in GAPS}
 
-    every = [*MEMORIES, *CONTROLS, *(arm for arm in (*ED, *SCALES) if arm not in MEMORIES)]
+    def elsewhere(cell):
+        columns = learning(cell)
+        del columns["worst task, each seed"]
+        return columns | {"retention, J = 12": share(cell, "12")}
+
+    others = []  # by the room that they are of
+    for row in rows:
+        if row not in small:
+            where = row["env_id"] if row["room_size"] == "5" else f"{row['env_id']}, {row['room_size']} x {row['room_size']}"
+            others.append(row | {"arm": f"{where}: {row['arm']}"})
+    found = [*ED, *SCALES, *CONTROLS]
+    lasting = [*MEMORIES, *(arm for arm in found if arm.startswith("ED, s") or arm == "no cache")]
     return {
         "in_context/memories": table(small, MEMORIES, learning),
-        "in_context/retention": table(small, every, retention),
+        "in_context/retention": table(small, lasting, retention),
         "in_context/cost": table(small, MEMORIES, cost),
-        "in_context/controls": table(small, CONTROLS, convergence),
-        "in_context/gradient": table(small, ED, convergence),
-        "in_context/scales": table(small, SCALES, convergence),
-        "in_context/door": table(door, MEMORIES, learning),
-        "in_context/door_retention": table(door, MEMORIES, retention),
-        "in_context/large_room": table(large, MEMORIES, learning),
+        "in_context/gradient": table(small, found, convergence),
+        "in_context/others": table(others, dict.fromkeys(row["arm"] for row in others), elsewhere),
     }
 
 
@@ -106,14 +117,16 @@ def in_context_picture(results):
     folder = results / "in_context"
     curves, kept = (read_rows(folder / f"{name}.csv")[0] for name in ("curves", "retention"))
     figure, axes = begin(2, 2, (12, 8))
-    arms = [*MEMORIES, CONTROLS[0]]
+    arms = [*MEMORIES, CONTROLS[0]]  # who forgets at each episode has found no goal that could be retained
     for line, env_id in zip(axes, ("DarkRoom", "DarkKeyToDoor")):
         here = [row for row in curves if row["env_id"] == env_id and row["room_size"] == "5" and row["temperature"] == "0.5"]
         gone = [row for row in kept if row["env_id"] == env_id and row["room_size"] == "5"]
         panels = (here, "episode", "share of the optimum, T = 0.5"), (gone, "gap", "after J episodes without reward")
         for axis, (rows, x, title) in zip(line, panels):
             for number, arm in enumerate(arms):
-                points = grouped((r for r in rows if r["arm"] == arm), lambda row, x=x: int(row[x]))
+                points = grouped(
+                    (r for r in rows if r["arm"] == arm and (x == "episode" or arm in MEMORIES)), lambda row, x=x: int(row[x])
+                )
                 if points:
                     values = {place: numbers(cell, "share") for place, cell in points.items()}
                     values = {place: found for place, found in values.items() if len(found)}
