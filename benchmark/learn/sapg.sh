@@ -61,10 +61,10 @@ for seed in 1 2 3; do # the steps of 60 rollouts at 1,024 environments
 done | grid sapg_envs "$@"
 
 # Where SAPG is not needed, it must not hurt: 64 copies of HalfCheetah, with rewards scaled, and a ladder that suits them
-cheetah="--env-id HalfCheetah-v5 --num-envs 64 --num-steps 128 --max-prefix 128 --total-timesteps 600000 --learning-rate 1e-3
-    --hidden-size 64 --state-size 32 --norm-reward --anneal-lr --std-min 0.05 --eval-episodes 20 --checkpoint-interval 0"
+cheetah="--env-id HalfCheetah-v5 --num-envs 64 --num-steps 128 --max-prefix 128 --total-timesteps 600000 --learning-rate 1e-3"
+cheetah="$cheetah --hidden-size 64 --state-size 32 --norm-reward --anneal-lr --std-min 0.05 --eval-episodes 20"
 for seed in 1 2 3; do
     for arm in "PPO:--num-policies 1" "SAPG:--entropy-scale 0.005"; do
-        echo "${arm%%:*}: $script --seed $seed $cheetah ${arm#*:}"
+        echo "${arm%%:*}: $script --seed $seed $cheetah --checkpoint-interval 0 ${arm#*:}"
     done
 done | grid sapg_cheetah "$@"
