@@ -327,11 +327,11 @@ def test_the_cue_is_shown_once_and_decides_which_top_pays(knows):
 
 
 def test_a_killed_run_of_hill_cars_resumes_exactly(tmp_path):
-    flags = [*SHORT.split(), "--total-timesteps", "6144", "--checkpoint-interval", "128", "--eval-episodes", "4"]
+    flags = [*SHORT.split(), "--total-timesteps", "3072", "--checkpoint-interval", "128", "--eval-episodes", "4"]
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
     run(tmp_path / "whole", *flags, script=SCRIPT)
-    kill_and_resume(tmp_path / "whole", tmp_path / "killed", flags, [(3, 6)], SCRIPT)
+    kill_and_resume(tmp_path / "whole", tmp_path / "killed", flags, [(2, 4)], SCRIPT)
 
 
 def test_flags_that_do_not_fit_together_are_refused(tmp_path):
