@@ -61,10 +61,14 @@ def test_each_arm_stands_at_its_own_sparsity(students, tmp_path):
     add_run(tmp_path, "dense", 1, 99.0, cuts=("sparsity 0", "sparsity 0.97"))
     tables = tables_of(students, tmp_path)
     lines = tables["bpd_arms"].splitlines()
-    assert "| dense: sparsity 0 | 97.0 | 99.0 | 80.0 | 90.0 | 12 |" in lines
-    assert "| svd: threshold 0 | 97.0 | 98.0 | 80.0 | 90.0 | 12 |" in lines  # the worst of the last fifth is 90
+    assert "| dense: sparsity 0 | 97.0 | 99.0 | 90.0 | one pair | 12 |" in lines
+    assert "| svd: threshold 0 | 97.0 | 98.0 | 90.0 |  | 12 |" in lines  # the worst of the last fifth is 90
     assert "| -2 | 0.12 | 97.0 | 50.0 |" in tables["bpd_sweep"]
     assert "| 380 | 0.28 | 50, 97, 98, 60 | 3 2 1 | 99.0 |" in tables["bpd_layers"]
+    add_run(tmp_path, "svd", 2, 97.0, cuts=("threshold 0",))
+    add_run(tmp_path, "dense", 2, 95.0, cuts=("sparsity 0",))
+    (line,) = [line for line in tables_of(students, tmp_path)["bpd_arms"].splitlines() if line.startswith("| dense")]
+    assert "(" in line and " to " in line  # the interval of two pairs
 
 
 def test_the_picture_shows_every_student(students, tmp_path):
