@@ -15,8 +15,7 @@ def test_stretches_of_two_and_of_four_processes_are_one_tape():
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", HELPERS / "sharded.py"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
-    lines = [line for line in done.stdout.splitlines() if line.startswith("group")]
-    assert len(lines) == 8 and all("48 cases" in line for line in lines)
+    assert done.stdout.count("48 cases, largest") == 8  # lines of several processes may run into one another
 
 
 def test_without_processes_it_says_what_is_missing():
