@@ -31,11 +31,11 @@ all="--target-sparsity 0.95 0.97 0.98"
         run "magnitude" $seed "--student magnitude --target-sparsity 0.95"
     done
     for seed in 1 2 3 4 5; do
-        run "svd, constant eta" $seed "--eta-schedule constant --c-threshold 0"
-        run "svd, exponential eta" $seed "--eta-schedule exp --c-threshold 0"
-        run "svd, with Q" $seed "--q-coef 0.5 --c-threshold 0"
-        run "svd, Q without cloning" $seed "--no-bc --q-coef 1 --c-threshold 0"
+        run "svd, constant eta" $seed "--eta-schedule constant --c-threshold 0 $all"
+        run "svd, exponential eta" $seed "--eta-schedule exp --c-threshold 0 $all"
+        run "svd, with Q" $seed "--q-coef 0.5 --c-threshold 0 $all"
+        run "svd, Q without cloning" $seed "--no-bc --q-coef 1 --c-threshold 0 $all"
         run "dense" $seed "--student dense --target-sparsity 0 0.95 0.97 0.98"
-        run "svd, white noise" $seed "--noise-memory 0 --c-threshold 0"
+        run "svd, white noise" $seed "--noise-memory 0 --c-threshold 0 $all"
     done
 } | grid bpd "$@"
