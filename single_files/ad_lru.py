@@ -18,6 +18,10 @@ P complex numbers of the state.
 Does not include: pixels, continuous actions, environments other than the two rooms below.
 """
 
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6,<2.14","tyro>=0.9","numpy","tensorboard","tqdm"]
+# ///
 import os
 import random
 import sys

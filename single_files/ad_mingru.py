@@ -18,6 +18,10 @@ Shapes: B streams (or runs side by side), W rows of a window, T rows of a chunk,
 Does not include: pixels, continuous actions, environments other than the two rooms below.
 """
 
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6,<2.14","tyro>=0.9","numpy","tensorboard","tqdm"]
+# ///
 import os
 import random
 import sys

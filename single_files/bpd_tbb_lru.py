@@ -21,6 +21,10 @@ Shapes: T rows of a tape; O observation, A actions to choose from, H width, P co
 Does not include: images, several choices at once, several layers.
 """
 
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6,<2.14","gymnasium>=1.1","popgym>=1.0.7","tyro>=0.9","numpy","tensorboard","tqdm"]
+# ///
 import copy
 import glob
 import importlib.util

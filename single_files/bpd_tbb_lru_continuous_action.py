@@ -17,6 +17,10 @@ Shapes: T rows of a tape; O observation, A numbers of an action, H width, P comp
 numbers of the memory; time comes first. Does not include: images, actions without bounds, several layers.
 """
 
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6,<2.14","gymnasium>=1.1","popgym>=1.0.7","tyro>=0.9","numpy","tensorboard","tqdm"]
+# ///
 import copy
 import glob
 import importlib.util

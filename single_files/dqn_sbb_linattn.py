@@ -15,6 +15,10 @@ Shapes: T rows of a tape, B transitions on it, N environments, O observation, A 
 time comes first. Does not include: n-step returns, prioritised replay, continuous actions, images, frame stacking.
 """
 
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6,<2.14","gymnasium>=1.1","popgym>=1.0.7","tyro>=0.9","numpy","cloudpickle","tensorboard","tqdm"]
+# ///
 import os
 import random
 import sys

@@ -16,6 +16,10 @@ Shapes: T rows of a tape, B transitions on it, N environments, h x w pixels, A a
 memory; time comes first. Does not include: frame stacking, n-step returns, prioritised replay, video.
 """
 
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch>=2.6,<2.14","gymnasium>=1.1","tyro>=0.9","numpy","tensorboard","tqdm","envpool>=1.2"]
+# ///
 import os
 import sys
 import time

@@ -16,6 +16,10 @@ Copy this file into your project and edit it: the import from cleanrl_memoroid i
 of torch.optim are. Shapes: K agents, E environments each, P weights of an agent, N updates of a window, S sampled coordinates.
 """
 
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6,<2.14","tyro>=0.9","numpy","tensorboard","tqdm"]
+# ///
 import os
 import random
 import sys

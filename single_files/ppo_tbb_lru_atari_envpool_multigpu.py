@@ -14,6 +14,10 @@ Shapes: S steps of a rollout, N environments, E of them in a minibatch, T rows o
 A actions, H width, P complex numbers of the memory; time comes first. Does not include: frame stacking, videos.
 """
 
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch>=2.6,<2.14","gymnasium>=1.1","tyro>=0.9","numpy","tensorboard","tqdm","envpool>=1.2"]
+# ///
 import os
 import sys
 import time

@@ -15,6 +15,10 @@ Shapes: S steps of a rollout, N environments, E of them in a minibatch, T rows o
 D parts of an action, H width, P complex numbers of a layer; time comes first. Does not include: continuous actions, images.
 """
 
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6,<2.14","gymnasium>=1.1","popgym>=1.0.7","tyro>=0.9","numpy","cloudpickle","tensorboard","tqdm"]
+# ///
 import os
 import random
 import sys

@@ -24,6 +24,10 @@ Shapes: S steps of a rollout, N environments, M policies, T rows of E columns (e
 numbers of an action, L latent vector, H width, P complex numbers of memory; time comes first. Does not include: images.
 """
 
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6,<2.14","gymnasium>=1.1","popgym>=1.0.7","tyro>=0.9","numpy","cloudpickle","tensorboard","tqdm"]
+# ///
 import copy
 import os
 import random

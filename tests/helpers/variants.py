@@ -42,7 +42,7 @@ class Script:
         self.tree = ast.parse("\n".join(self.lines))
         self.top = range(self.tree.body[0].end_lineno)  # the header and the docstring
         imports = [n for n in self.tree.body if isinstance(n, (ast.Import, ast.ImportFrom, ast.Try))]
-        self.add("imports", range(imports[0].lineno - 1, imports[-1].end_lineno))
+        self.add("imports", range(self.top.stop, imports[-1].end_lineno))  # below the docstring: the dependencies, too
         for node in self.tree.body:
             if isinstance(node, DEFS):
                 self.add(node.name, self.rows(node))
