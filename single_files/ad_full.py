@@ -41,7 +41,7 @@ except ImportError:  # alone, this file computes the same, and trusts flags and 
     load = lambda path, *_: torch.load(path, "cpu", weights_only="model.pt" in path)  # noqa: E731
     new_run_dir = "runs/{}".format
 
-    def save(path, content):  # leaves a whole file or none under this name, also when the process is killed on the way
+    def save(path, content):  # writes the whole file or nothing, even if the process is killed meanwhile
         torch.save(content, f"{path}.partial")
         os.replace(f"{path}.partial", path)
 
@@ -56,7 +56,7 @@ class Args:
     eval_runs: int = 4  # runs of each task after training and with --evaluate; 0: none after training (runs)
     eval_temperatures: tuple[float, ...] = (1.0, 0.5, 0.0)  # actions are drawn from softmax(logits / this); 0: the likeliest
     checkpoint_interval: int = 100  # updates between checkpoints, for --resume; 0: at Ctrl-C only (updates)
-    resume: str | None = None  # run directory: continue it, under its flags unless given again (unpickles: only your own)
+    resume: str | None = None  # run directory to continue, with its flags unless you give others (unpickles: only your own)
     evaluate: str | None = None  # run directory: play tasks with its trained model, and exit
 
     # Learning histories
@@ -443,7 +443,7 @@ if __name__ == "__main__":
     update, streams = 0, Streams(len(tasks), histories.cell.shape[1] // window, args.batch_rows // window, rng)
     memory = agent.initial_memory(args.batch_rows // window)
     optimizer = torch.optim.AdamW(agent.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0, fused=True)
-    # the variables that a checkpoint holds, pickled together, so that the optimizer keeps its hold on the agent's weights
+    # the variables that a checkpoint holds; pickled together, so that the optimizer still refers to the agent's weights
     state = "agent optimizer rng streams memory update".split()
     if saved:
         globals().update(saved["state"])

@@ -46,7 +46,7 @@ except ImportError:  # alone, this file computes the same, more slowly, and trus
     load = lambda path, *_: torch.load(path, "cpu", weights_only="model.pt" in path)  # noqa: E731
     new_run_dir = "runs/{}".format
 
-    def save(path, content):  # leaves a whole file or none under this name, also when the process is killed on the way
+    def save(path, content):  # writes the whole file or nothing, even if the process is killed meanwhile
         torch.save(content, f"{path}.partial")
         os.replace(f"{path}.partial", path)
 
@@ -61,7 +61,7 @@ class Args:
     eval_runs: int = 4  # runs of each task after training and with --evaluate; 0: none after training (runs)
     eval_temperatures: tuple[float, ...] = (1.0, 0.5, 0.0)  # actions are drawn from softmax(logits / this); 0: the likeliest
     checkpoint_interval: int = 100  # updates between checkpoints, for --resume; 0: at Ctrl-C only (updates)
-    resume: str | None = None  # run directory: continue it, under its flags unless given again (unpickles: only your own)
+    resume: str | None = None  # run directory to continue, with its flags unless you give others (unpickles: only your own)
     evaluate: str | None = None  # run directory: play tasks with its trained model, and exit
 
     # Learning histories
@@ -228,7 +228,7 @@ def scale_gradient(x, scale):
 
 
 def resettable(operator, identity):
-    """TBB: the operator that starts anew where an episode begins, (h, b) ∘ (h', b') = ((e if b' else h) • h', b or b').
+    """TBB: makes an operator start anew when an episode begins: (h, b) ∘ (h', b') = ((e if b' else h) • h', b or b').
 
     Source: Morad et al. (2024), eq. 12. It selects instead of multiplying by a mask, because 0 * nan is nan.
     """
@@ -244,8 +244,8 @@ def resettable(operator, identity):
 def associative_scan(operator, elems):
     """TBB: out[t] = elems[0] • elems[1] • ... • elems[t] along time, for a tuple of tensors [T, ...].
 
-    Combine neighbours, scan the result, which is half as long, and fill in the rows between: O(T) operator applications,
-    O(log T) deep, differentiable through the operator (Blelloch, 1993, section 1.4).
+    It combines neighbours, scans the result, which is half as long, and fills in the rows between. That takes O(T)
+    applications of the operator, O(log T) deep; gradients flow through the operator (Blelloch, 1993, section 1.4).
     """
     steps = len(elems[0])
     if steps == 1:
@@ -253,7 +253,7 @@ def associative_scan(operator, elems):
     odd = associative_scan(operator, operator(tuple(e[:-1:2] for e in elems), tuple(e[1::2] for e in elems)))
     rest = operator(tuple(o[: (steps - 1) // 2] for o in odd), tuple(e[2::2] for e in elems))
     even = tuple(torch.cat([e[:1], r]) for e, r in zip(elems, rest))  # out[0], then out[2] = out[1] • elems[2], ...
-    if steps % 2:  # one row more, to make the last pair whole, and off again
+    if steps % 2:  # an extra row completes the last pair, and is cut off below
         odd = tuple(torch.cat([o, o[-1:]]) for o in odd)
     return tuple(torch.stack(rows, 1).flatten(0, 1)[:steps] for rows in zip(even, odd))
 
@@ -544,7 +544,7 @@ if __name__ == "__main__":
     update, streams = 0, Streams(len(tasks), histories.cell.shape[1] // window, args.batch_rows // window, rng)
     memory = agent.initial_memory(args.batch_rows // window)
     optimizer = torch.optim.AdamW(agent.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0, fused=True)
-    # the variables that a checkpoint holds, pickled together, so that the optimizer keeps its hold on the agent's weights
+    # the variables that a checkpoint holds; pickled together, so that the optimizer still refers to the agent's weights
     state = "agent optimizer rng streams memory update".split()
     if saved:
         globals().update(saved["state"])

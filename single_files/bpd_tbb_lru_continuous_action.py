@@ -46,13 +46,13 @@ try:
     from cleanrl_memoroid.runs import Checked, catch_stop_signals, check_flags, load, new_run_dir, save
     from cleanrl_memoroid.scan import linear_scan, tune_cpu
     from cleanrl_memoroid.students import compact, costs, latency
-except ImportError:  # alone, this file computes the same, more slowly, and trusts flags, files and environments
+except ImportError:  # without the package: the same results, more slowly, and no checks of flags, files, environments
     linear_scan, tune_cpu, catch_stop_signals, check_flags = None, lambda: None, lambda on=True: [], lambda *_: None
     Checked, load = lambda env, idx: env, lambda path, *_: torch.load(path, "cpu", weights_only="model.pt" in path)
     new_run_dir = "runs/{}".format
     compact, costs, latency = lambda weights: weights, lambda weights: {}, lambda *_: None  # the student stays as it is
 
-    def save(path, content):  # leaves a whole file or none under this name, also when the process is killed on the way
+    def save(path, content):  # writes the whole file or nothing, even if the process is killed meanwhile
         os.makedirs(os.path.dirname(path), exist_ok=True)
         torch.save(content, f"{path}.partial")
         os.replace(f"{path}.partial", path)
@@ -68,7 +68,7 @@ class Args:
     eval_episodes: int = 200  # number of greedy episodes of teacher and student, with the same starts (episodes)
     eval_max_steps: int = 10_000  # an episode ends here, in the data and in evaluation (steps)
     checkpoint_interval: int = 1_000  # updates between checkpoints, for --resume; 0: at Ctrl-C and before pruning only
-    resume: str | None = None  # run directory: continue it, under its flags unless given again (unpickles: only your own)
+    resume: str | None = None  # run directory to continue, with its flags unless you give others (unpickles: only your own)
     evaluate: str | None = None  # run directory: play greedy episodes with its student, and exit
 
     # Algorithm specific arguments
@@ -130,7 +130,7 @@ def make_env(env_id, env_kwargs, prev_action=True, idx=0, video_folder=None):
             bounded = (space.low > -1e6) & (space.high < 1e6) & (space.low < space.high)
             bounds = (np.where(bounded, two, bound) for two, bound in ((-2, space.low), (2, space.high)))
             env = gym.wrappers.ClipAction(gym.wrappers.RescaleAction(env, *bounds))
-        env = Checked(env, idx)  # each observation in memory of its own, finite numbers, no infos
+        env = Checked(env, idx)  # copies observations, checks that all numbers are finite, drops infos
         env = gym.wrappers.RecordVideo(env, video_folder) if video_folder else env
         return gym.wrappers.RecordEpisodeStatistics(env)
 
@@ -470,7 +470,7 @@ def deployed(student):
 
 
 def evaluate(agent, env_fns, args):
-    """Returns of greedy episodes, one in each environment: short episodes do not count more often than long ones. [E]"""
+    """The returns of greedy episodes, one in each environment, so that short ones do not count more often. [E]"""
     envs, seed = gym.vector.SyncVectorEnv(env_fns), args.seed + 10**6
     for seed_one in (random.seed, np.random.seed, torch.manual_seed):  # environments may draw from each
         seed_one(seed)
@@ -715,7 +715,7 @@ if __name__ == "__main__":
         print(text.format(**row), "(the teacher: {:,}, {})".format(4 * reference["numbers"], reference["latency"][1]))
     print(f"trained for {update:,} updates, {report['cpu_seconds']:.1f} seconds of CPU; the student is {run_dir}/model.pt")
     for idx, episodic_return in enumerate(returns):
-        writer.add_scalar("eval/episodic_return", episodic_return, global_step + idx)  # --resume takes it back
+        writer.add_scalar("eval/episodic_return", episodic_return, global_step + idx)  # --resume deletes it
     writer.add_scalar("eval/normalised_performance", row["performance"], global_step)
     print(f"evaluation: episodic_return={returns.mean():.4f}, the mean of {len(returns)} greedy episodes of {args.env_id}")
     envs.close()

@@ -40,12 +40,12 @@ from tqdm import tqdm
 try:
     from cleanrl_memoroid.runs import Checked, catch_stop_signals, check_flags, checkpoint, load, new_run_dir, save
     from cleanrl_memoroid.scan import linear_scan, tune_cpu
-except ImportError:  # alone, this file computes the same, more slowly, and trusts flags, files and environments
+except ImportError:  # without the package: the same results, more slowly, and no checks of flags, files, environments
     linear_scan, tune_cpu, catch_stop_signals, check_flags = None, lambda: None, lambda on=True: [], lambda *_: None
     Checked, load = lambda env, idx: env, lambda path, *_: torch.load(path, "cpu", weights_only="model.pt" in path)
     new_run_dir = "runs/{}".format
 
-    def save(path, content):  # leaves a whole file or none under this name, also when the process is killed on the way
+    def save(path, content):  # writes the whole file or nothing, even if the process is killed meanwhile
         torch.save(content, f"{path}.partial")
         os.replace(f"{path}.partial", path)
 
@@ -67,14 +67,14 @@ class Args:
     wandb_project_name: str = "cleanrl-memoroid"  # the project name in Weights and Biases (the team: WANDB_ENTITY)
     capture_video: bool = False  # if toggled, record an episode of the evaluation in `videos/`
     eval_episodes: int = 100  # number of greedy episodes after training and with --evaluate; 0: none (episodes)
-    eval_max_steps: int = 10_000  # an evaluation ends here; episodes that still run count as they are (steps)
+    eval_max_steps: int = 10_000  # an evaluation stops here; running episodes count with their return so far (steps)
     checkpoint_interval: int = 10_000  # environment steps between checkpoints, for --resume; 0: at Ctrl-C only (steps)
-    resume: str | None = None  # run directory: continue it, under its flags unless given again (unpickles: only your own)
-    evaluate: str | None = None  # run directory: play greedy episodes with its trained model, and exit
+    resume: str | None = None  # run directory to continue, with its flags unless you give others (unpickles: only your own)
+    evaluate: str | None = None  # run directory whose trained model plays greedy episodes; then exit
 
     # Algorithm specific arguments
     env_id: str = "popgym-RepeatFirstEasy-v0"  # any environment with vector observations and discrete actions
-    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # of its constructor: k 10 num_decks 2
+    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # for its constructor: k 10 num_decks 2
     prev_action: bool = True  # if toggled, POPGym observations include the previous action
     total_timesteps: int = 120_000  # total timesteps of the experiment, over all environments (steps)
     learning_rate: float = 1e-3  # the learning rate of the optimizer at the start
@@ -115,7 +115,7 @@ def make_env(env_id, env_kwargs, prev_action=True, idx=0, video_folder=None):
         else:
             env = gym.make(env_id, **(env_kwargs | ({"render_mode": "rgb_array"} if video_folder else {})))
             env = env if isinstance(env.observation_space, gym.spaces.Box) else gym.wrappers.FlattenObservation(env)
-        env = Checked(env, idx)  # each observation in memory of its own, finite numbers, no infos
+        env = Checked(env, idx)  # copies observations, checks that all numbers are finite, drops infos
         env = gym.wrappers.RecordVideo(env, video_folder) if video_folder else env
         return gym.wrappers.RecordEpisodeStatistics(env)
 
@@ -123,7 +123,7 @@ def make_env(env_id, env_kwargs, prev_action=True, idx=0, video_folder=None):
 
 
 def resettable(operator, identity):
-    """TBB: the operator that starts anew where an episode begins, (h, b) ∘ (h', b') = ((e if b' else h) • h', b or b').
+    """TBB: makes an operator start anew when an episode begins: (h, b) ∘ (h', b') = ((e if b' else h) • h', b or b').
 
     Source: Morad et al. (2024), eq. 12. It selects instead of multiplying by a mask, because 0 * nan is nan.
     """
@@ -139,8 +139,8 @@ def resettable(operator, identity):
 def associative_scan(operator, elems):
     """TBB: out[t] = elems[0] • elems[1] • ... • elems[t] along time, for a tuple of tensors [T, ...].
 
-    Combine neighbours, scan the result, which is half as long, and fill in the rows between: O(T) operator applications,
-    O(log T) deep, differentiable through the operator (Blelloch, 1993, section 1.4).
+    It combines neighbours, scans the result, which is half as long, and fills in the rows between. That takes O(T)
+    applications of the operator, O(log T) deep; gradients flow through the operator (Blelloch, 1993, section 1.4).
     """
     steps = len(elems[0])
     if steps == 1:
@@ -148,7 +148,7 @@ def associative_scan(operator, elems):
     odd = associative_scan(operator, operator(tuple(e[:-1:2] for e in elems), tuple(e[1::2] for e in elems)))
     rest = operator(tuple(o[: (steps - 1) // 2] for o in odd), tuple(e[2::2] for e in elems))
     even = tuple(torch.cat([e[:1], r]) for e, r in zip(elems, rest))  # out[0], then out[2] = out[1] • elems[2], ...
-    if steps % 2:  # one row more, to make the last pair whole, and off again
+    if steps % 2:  # an extra row completes the last pair, and is cut off below
         odd = tuple(torch.cat([o, o[-1:]]) for o in odd)
     return tuple(torch.stack(rows, 1).flatten(0, 1)[:steps] for rows in zip(even, odd))
 
@@ -302,7 +302,7 @@ class SegmentBuffer:
         self.rows, self.episodes, self.segments = 0, [], []  # oldest first; a segment: (its episode, its first row there)
 
     def add(self, obs, actions, rewards, terminated):
-        """Adds one episode: obs [L+1, O] with the final observation, actions [L], rewards [L]; did it end by termination?"""
+        """Adds an episode: obs [L+1, O] with the final one, actions [L], rewards [L]; `terminated` tells how it ended."""
         steps = len(actions)
         if steps + 1 > self.buffer_size:
             raise ValueError(f"--buffer-size {self.buffer_size}: an episode of {steps} steps takes {steps + 1} rows; raise it")
@@ -369,7 +369,7 @@ class QNetwork(nn.Module):
 def td_target(q, next_q, tape, gamma):
     """r[t] + gamma (1 - termination[t]) Q_target(s[t+1], argmax_a Q(s[t+1], a)) for every transition of the tape. [B]
 
-    TBB: row t + 1 is the successor of transition t, with the same history, its first observation included.
+    TBB: the successor of transition t is row t + 1, whose memory has seen the same episode from its first observation on.
     Double DQN, van Hasselt et al. (2016): q [T, A] of the online network chooses, next_q [T, A] of the target network rates.
     """
     rows = (~tape.final).nonzero().squeeze(1)
@@ -378,7 +378,7 @@ def td_target(q, next_q, tape, gamma):
 
 
 def evaluate(q_network, env_fns, args):
-    """Returns of greedy episodes, one in each environment: short episodes do not count more often than long ones. [E]"""
+    """The returns of greedy episodes, one in each environment, so that short ones do not count more often. [E]"""
     envs, seed = gym.vector.SyncVectorEnv(env_fns), args.seed + 10**6
     for seed_one in (random.seed, np.random.seed, torch.manual_seed):  # environments may draw from each
         seed_one(seed)
@@ -423,7 +423,7 @@ if __name__ == "__main__":
     # TBB: in the step that ends an episode, next_obs is already the first one of the next episode; infos has the final one
     try:
         envs = gym.vector.SyncVectorEnv([make_env(*make, i) for i in range(args.num_envs)], autoreset_mode="SameStep")
-        if args.capture_video:  # what cannot be recorded is better known now than after training
+        if args.capture_video:  # if it cannot be recorded, say so before training
             make_env(*make, 0, "videos")().close()
     except Exception as error:  # whatever an environment raises
         what = f"--env-id {args.env_id}: cannot be made and flattened with these --env-kwargs and --capture-video"
@@ -457,7 +457,7 @@ if __name__ == "__main__":
     stop = catch_stop_signals()  # empty until Ctrl-C or SIGTERM asks for an end
     # TRY NOT TO MODIFY: start the game
     global_step = update = 0
-    # the variables that a checkpoint holds, pickled together, so that the optimizer keeps its hold on the network's weights
+    # the variables that a checkpoint holds; pickled together, so that the optimizer still refers to the network's weights
     state = "q_network target_network optimizer tape_buffer rng global_step update obs begins recurrent_state running".split()
     if saved:
         globals().update(saved["state"])
@@ -473,7 +473,7 @@ if __name__ == "__main__":
         obs, _ = envs.reset(seed=int(rng.integers(2**31)) if saved else args.seed)
         begins = np.ones(args.num_envs, bool)  # is obs[i] the first of its episode?
         recurrent_state = q_network.memory.initial_state(args.num_envs)
-        running = [[] for _ in range(args.num_envs)]  # TBB: of each environment's running episode, (obs, action, reward) rows
+        running = [[] for _ in range(args.num_envs)]  # TBB: (obs, action, reward) of each step of the running episodes
     start_time, start_step, recent_returns = time.time(), global_step, deque(maxlen=20)
     scan = "cleanrl_memoroid's scan" if linear_scan else "this file's own scan (faster with `pip install` of cleanrl-memoroid)"
     print(f"{args.exp_name}: {args.env_id}, {args.total_timesteps:,} steps in {args.num_envs} environments, {device}, {scan}")
@@ -496,7 +496,7 @@ if __name__ == "__main__":
         taken = actions + envs.single_action_space.start
         outcome = next_obs, rewards, terminations, truncations, infos = envs.step(taken)
         if due:
-            finish(taken, outcome)  # the step has shown whether a copy of the environments goes on as they do
+            finish(taken, outcome)  # this step shows whether a copy of the environments does the same
             if stop:
                 print(f"stopped; --resume {run_dir} goes on from step {global_step:,}")
                 sys.exit(128 + stop[0])
@@ -559,6 +559,6 @@ if __name__ == "__main__":
     save(f"{run_dir}/model.pt", {"script": script, "args": asdict(args), "q_network": q_network.state_dict()})
     print(f"trained for {global_step:,} steps, {update:,} updates, {time.time() - start_time:.1f} seconds: {run_dir}/model.pt")
     for idx, episodic_return in enumerate(evaluate(q_network, eval_fns, args) if args.eval_episodes else ()):
-        writer.add_scalar("eval/episodic_return", episodic_return, global_step + idx)  # --resume takes it back
+        writer.add_scalar("eval/episodic_return", episodic_return, global_step + idx)  # --resume deletes it
     envs.close()
     writer.close()

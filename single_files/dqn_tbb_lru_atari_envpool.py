@@ -44,7 +44,7 @@ except ImportError:  # alone, this file computes the same, more slowly, and trus
     linear_scan, tune_cpu, catch_stop_signals, check_flags = None, lambda: None, lambda on=True: [], lambda *_: None
     load, new_run_dir = lambda path, *_: torch.load(path, "cpu", weights_only="model.pt" in path), "runs/{}".format
 
-    def save(path, content):  # leaves a whole file or none under this name, also when the process is killed on the way
+    def save(path, content):  # writes the whole file or nothing, even if the process is killed meanwhile
         torch.save(content, f"{path}.partial")
         os.replace(f"{path}.partial", path)
 
@@ -64,7 +64,7 @@ class Args:
     checkpoint_interval: int = (
         100_000  # environment steps between checkpoints, each as large as the tape; 0: at Ctrl-C only (steps)
     )
-    resume: str | None = None  # run directory: continue it, under its flags unless given again (unpickles: only your own)
+    resume: str | None = None  # run directory to continue, with its flags unless you give others (unpickles: only your own)
     evaluate: str | None = None  # run directory: play greedy games with its trained model, and exit
 
     # Algorithm specific arguments
@@ -153,7 +153,7 @@ def make_env(env_id, num_envs, options):
 
 
 def resettable(operator, identity):
-    """TBB: the operator that starts anew where an episode begins, (h, b) ∘ (h', b') = ((e if b' else h) • h', b or b').
+    """TBB: makes an operator start anew when an episode begins: (h, b) ∘ (h', b') = ((e if b' else h) • h', b or b').
 
     Source: Morad et al. (2024), eq. 12. It selects instead of multiplying by a mask, because 0 * nan is nan.
     """
@@ -169,8 +169,8 @@ def resettable(operator, identity):
 def associative_scan(operator, elems):
     """TBB: out[t] = elems[0] • elems[1] • ... • elems[t] along time, for a tuple of tensors [T, ...].
 
-    Combine neighbours, scan the result, which is half as long, and fill in the rows between: O(T) operator applications,
-    O(log T) deep, differentiable through the operator (Blelloch, 1993, section 1.4).
+    It combines neighbours, scans the result, which is half as long, and fills in the rows between. That takes O(T)
+    applications of the operator, O(log T) deep; gradients flow through the operator (Blelloch, 1993, section 1.4).
     """
     steps = len(elems[0])
     if steps == 1:
@@ -178,7 +178,7 @@ def associative_scan(operator, elems):
     odd = associative_scan(operator, operator(tuple(e[:-1:2] for e in elems), tuple(e[1::2] for e in elems)))
     rest = operator(tuple(o[: (steps - 1) // 2] for o in odd), tuple(e[2::2] for e in elems))
     even = tuple(torch.cat([e[:1], r]) for e, r in zip(elems, rest))  # out[0], then out[2] = out[1] • elems[2], ...
-    if steps % 2:  # one row more, to make the last pair whole, and off again
+    if steps % 2:  # an extra row completes the last pair, and is cut off below
         odd = tuple(torch.cat([o, o[-1:]]) for o in odd)
     return tuple(torch.stack(rows, 1).flatten(0, 1)[:steps] for rows in zip(even, odd))
 
@@ -299,13 +299,13 @@ class FrameTape:
         self.episodes.append(Tape(*map(torch.from_numpy, columns)))
 
     def sample(self, batch_size, rng, device="cpu"):
-        """A tape of whole episodes, uniform with replacement, until it holds at least `batch_size` transitions."""
+        """Draws whole episodes, uniformly, with replacement, until their tape holds `batch_size` transitions or more."""
         drawn, transitions = [], 0
         for i in rng.integers(len(self.episodes), size=batch_size):
             if transitions < batch_size:
                 drawn.append(self.episodes[i])
                 transitions += len(drawn[-1].obs) - 1
-        # rows of zeros round the length up, as episodes without a step: oneDNN takes 10 ms to prepare for every new length
+        # rows of zeros, like episodes without a step, round the length up: oneDNN takes 10 ms to prepare for a new length
         ones = torch.ones(-(transitions + len(drawn)) % 32, dtype=torch.bool)
         zeros = Tape(*(column.new_zeros(len(ones), *column.shape[1:]) for column in drawn[0]))
         drawn.append(zeros._replace(begins=ones, final=ones))
@@ -369,7 +369,7 @@ class QNetwork(nn.Module):
 def td_target(q, next_q, tape, gamma):
     """r[t] + gamma (1 - termination[t]) Q_target(s[t+1], argmax_a Q(s[t+1], a)) for every transition of the tape. [B]
 
-    TBB: row t + 1 is the successor of transition t, with the same history, its first observation included.
+    TBB: the successor of transition t is row t + 1, whose memory has seen the same episode from its first observation on.
     Double DQN, van Hasselt et al. (2016): q [T, A] of the online network chooses, next_q [T, A] of the target network rates.
     """
     rows = (~tape.final).nonzero().squeeze(1)
@@ -443,7 +443,7 @@ if __name__ == "__main__":
     stop = catch_stop_signals()  # empty until Ctrl-C or SIGTERM asks for an end
     # TRY NOT TO MODIFY: start the game
     global_step, update, episodes = 0, 0, []
-    # the variables that a checkpoint holds, pickled together, so that the optimizer keeps its hold on the network's weights
+    # the variables that a checkpoint holds; pickled together, so that the optimizer still refers to the network's weights
     state = "q_network target_network optimizer episodes rng global_step update".split()
     if saved:
         globals().update(saved["state"])
@@ -527,6 +527,6 @@ if __name__ == "__main__":
     save(f"{run_dir}/model.pt", {"script": script, "args": asdict(args), "q_network": q_network.state_dict()})
     print(f"trained for {global_step:,} steps, {update:,} updates, {time.time() - start_time:.1f} seconds: {run_dir}/model.pt")
     for idx, episodic_return in enumerate(evaluate(q_network, eval_envs, args) if args.eval_episodes else ()):
-        writer.add_scalar("eval/episodic_return", episodic_return, global_step + idx)  # --resume takes it back
+        writer.add_scalar("eval/episodic_return", episodic_return, global_step + idx)  # --resume deletes it
     envs.close()
     writer.close()

@@ -42,7 +42,7 @@ except ImportError:  # alone, this file computes the same, more slowly, and trus
     linear_scan, tune_cpu, catch_stop_signals, check_flags = None, lambda: None, lambda on=True: [], lambda *_: None
     new_run_dir, load = "runs/{}".format, lambda path, *_: torch.load(path, "cpu", weights_only="model.pt" in path)
 
-    def save(path, content):  # leaves a whole file or none under this name, also when the process is killed on the way
+    def save(path, content):  # writes the whole file or nothing, even if the process is killed meanwhile
         torch.save(content, f"{path}.partial")
         os.replace(f"{path}.partial", path)
 
@@ -54,7 +54,7 @@ class Args:
     track: bool = False  # if toggled, also log to Weights and Biases (WANDB_MODE=offline needs no account)
     wandb_project_name: str = "cleanrl-memoroid"  # the project name in Weights and Biases (the team: WANDB_ENTITY)
     checkpoint_interval: int = 20  # windows between checkpoints, for --resume; 0: at Ctrl-C only (windows)
-    resume: str | None = None  # run directory: continue it, under its flags unless given again (unpickles: only your own)
+    resume: str | None = None  # run directory to continue, with its flags unless you give others (unpickles: only your own)
     evaluate: str | None = None  # run directory: test its learned optimiser on fresh agents, and exit
     identity: bool = False  # if toggled, measure how well networks copy gradients under each --grad-proc, and exit
 

@@ -39,12 +39,12 @@ from tqdm import tqdm
 try:
     from cleanrl_memoroid.runs import Checked, catch_stop_signals, check_flags, checkpoint, load, new_run_dir, save
     from cleanrl_memoroid.scan import linear_attention, linear_scan, tune_cpu
-except ImportError:  # alone, this file computes the same, more slowly, and trusts flags, files and environments
+except ImportError:  # without the package: the same results, more slowly, and no checks of flags, files, environments
     linear_scan, tune_cpu, catch_stop_signals, check_flags = None, lambda: None, lambda on=True: [], lambda *_: None
     Checked, load = lambda env, idx: env, lambda path, *_: torch.load(path, "cpu", weights_only="model.pt" in path)
     linear_attention, new_run_dir = None, "runs/{}".format
 
-    def save(path, content):  # leaves a whole file or none under this name, also when the process is killed on the way
+    def save(path, content):  # writes the whole file or nothing, even if the process is killed meanwhile
         torch.save(content, f"{path}.partial")
         os.replace(f"{path}.partial", path)
 
@@ -66,14 +66,14 @@ class Args:
     wandb_project_name: str = "cleanrl-memoroid"  # the project name in Weights and Biases (the team: WANDB_ENTITY)
     capture_video: bool = False  # if toggled, record an episode of the evaluation in `videos/`
     eval_episodes: int = 100  # number of greedy episodes after training and with --evaluate; 0: none (episodes)
-    eval_max_steps: int = 10_000  # an evaluation ends here; episodes that still run count as they are (steps)
+    eval_max_steps: int = 10_000  # an evaluation stops here; running episodes count with their return so far (steps)
     checkpoint_interval: int = 50_000  # environment steps between checkpoints, for --resume; 0: at Ctrl-C only (steps)
-    resume: str | None = None  # run directory: continue it, under its flags unless given again (unpickles: only your own)
-    evaluate: str | None = None  # run directory: play greedy episodes with its trained model, and exit
+    resume: str | None = None  # run directory to continue, with its flags unless you give others (unpickles: only your own)
+    evaluate: str | None = None  # run directory whose trained model plays greedy episodes; then exit
 
     # Algorithm specific arguments
     env_id: str = "popgym-RepeatFirstEasy-v0"  # any environment with vector observations and finite actions
-    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # of its constructor: k 10 num_decks 2
+    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # for its constructor: k 10 num_decks 2
     prev_action: bool = True  # if toggled, POPGym observations include the previous action
     total_timesteps: int = 150_000  # total timesteps of the experiment, over all environments (steps)
     learning_rate: float = 1e-3  # the learning rate of the optimizer at the start
@@ -82,7 +82,7 @@ class Args:
     anneal_lr: bool = True  # if toggled, the learning rate falls linearly to zero
     gamma: float = 0.99  # the discount factor gamma
     gae_lambda: float = 0.95  # the lambda for the general advantage estimation
-    num_minibatches: int = 4  # the number of minibatches; TBB: each of whole environments, whose steps stay in order
+    num_minibatches: int = 4  # the number of minibatches; TBB: each has whole environments, whose steps stay in order
     update_epochs: int = 4  # the K epochs to update the policy
     norm_reward: bool = True  # if toggled, divide rewards by the standard deviation of the discounted return so far
     norm_adv: bool = True  # if toggled, advantages are normalised over each minibatch
@@ -91,11 +91,11 @@ class Args:
     ent_coef: float = 0.01  # coefficient of the entropy
     vf_coef: float = 0.5  # coefficient of the value function
     max_grad_norm: float = 0.5  # the maximum norm of the gradient
-    target_kl: float | None = None  # after an epoch with a larger KL divergence from the rollout's policy, stop updating
+    target_kl: float | None = None  # stop updating after an epoch with a larger KL divergence from the rollout's policy
     truncation_is_terminal: bool = False  # if toggled, a time limit ends the return as termination does (POPGym's reading)
 
     # Memory specific arguments
-    max_prefix: int = 4096  # TBB: the last so many rows of a running episode stay on the tape; 0: its state alone (rows)
+    max_prefix: int = 4096  # TBB: a running episode keeps so many of its last rows on the tape; 0: its state only (rows)
     hidden_size: int = 128  # width H of every layer (units)
     key_size: int = 16  # size K of queries and keys (channels)
     value_size: int = 16  # size V of values; the memory is K x (V + 1) (channels)
@@ -113,7 +113,7 @@ def make_env(env_id, env_kwargs, prev_action=True, idx=0, video_folder=None):
         else:
             env = gym.make(env_id, **(env_kwargs | ({"render_mode": "rgb_array"} if video_folder else {})))
             env = env if isinstance(env.observation_space, gym.spaces.Box) else gym.wrappers.FlattenObservation(env)
-        env = Checked(env, idx)  # each observation in memory of its own, finite numbers, no infos
+        env = Checked(env, idx)  # copies observations, checks that all numbers are finite, drops infos
         env = gym.wrappers.RecordVideo(env, video_folder) if video_folder else env
         return gym.wrappers.RecordEpisodeStatistics(env)
 
@@ -121,7 +121,7 @@ def make_env(env_id, env_kwargs, prev_action=True, idx=0, video_folder=None):
 
 
 def resettable(operator, identity):
-    """TBB: the operator that starts anew where an episode begins, (h, b) ∘ (h', b') = ((e if b' else h) • h', b or b').
+    """TBB: makes an operator start anew when an episode begins: (h, b) ∘ (h', b') = ((e if b' else h) • h', b or b').
 
     Source: Morad et al. (2024), eq. 12. It selects instead of multiplying by a mask, because 0 * nan is nan.
     """
@@ -137,8 +137,8 @@ def resettable(operator, identity):
 def associative_scan(operator, elems):
     """TBB: out[t] = elems[0] • elems[1] • ... • elems[t] along time, for a tuple of tensors [T, ...].
 
-    Combine neighbours, scan the result, which is half as long, and fill in the rows between: O(T) operator applications,
-    O(log T) deep, differentiable through the operator (Blelloch, 1993, section 1.4).
+    It combines neighbours, scans the result, which is half as long, and fills in the rows between. That takes O(T)
+    applications of the operator, O(log T) deep; gradients flow through the operator (Blelloch, 1993, section 1.4).
     """
     steps = len(elems[0])
     if steps == 1:
@@ -146,13 +146,13 @@ def associative_scan(operator, elems):
     odd = associative_scan(operator, operator(tuple(e[:-1:2] for e in elems), tuple(e[1::2] for e in elems)))
     rest = operator(tuple(o[: (steps - 1) // 2] for o in odd), tuple(e[2::2] for e in elems))
     even = tuple(torch.cat([e[:1], r]) for e, r in zip(elems, rest))  # out[0], then out[2] = out[1] • elems[2], ...
-    if steps % 2:  # one row more, to make the last pair whole, and off again
+    if steps % 2:  # an extra row completes the last pair, and is cut off below
         odd = tuple(torch.cat([o, o[-1:]]) for o in odd)
     return tuple(torch.stack(rows, 1).flatten(0, 1)[:steps] for rows in zip(even, odd))
 
 
 class Sections(NamedTuple):
-    """TBB: the last rollout of some environments, one section after the other, each from its running episode's first row on.
+    """TBB: the last rollout of some environments, a section for each, which begins with the rows of its running episode.
 
     section        environment 0                            | environment 3
     row            0     1     2     3     4     5     6    | 7     8     9     10
@@ -161,24 +161,24 @@ class Sections(NamedTuple):
     loss           -     -     -     x     x     x     x    | x     x     x     x        before row 7: --max-prefix cut there
                    prefix            rollout                  rollout
 
-    A prefix carries no loss. It is there so that every recurrent state is computed under the weights of now, and that the
-    gradient of a loss reaches the first observation of its episode.
+    A prefix carries no loss. With it, the current weights compute every recurrent state, and the gradient of a loss reaches
+    the first observation of its episode.
     """
 
     obs: torch.Tensor  # [T, O]
     begins: torch.Tensor  # [T] bool
     starts: torch.Tensor  # [E] the first row of each section; rows before starts[0] are padding
     loss_rows: torch.Tensor  # [B] the rows with a loss, section by section, in order
-    state: torch.Tensor  # [E, ...] the recurrent state before each section; of no account where an episode begins there
+    state: torch.Tensor  # [E, ...] the recurrent state before each section; unused if an episode begins there
 
 
 class CarriedTape:
-    """TBB: the rows of every environment's running episode; they grow from rollout to rollout until the episode ends."""
+    """TBB: keeps the rows of each environment's running episode from rollout to rollout, until the episode ends."""
 
     def __init__(self, obs, recurrent_state):
         self.obs = [obs[:0, i] for i in range(obs.shape[1])]  # [rows, O] each
         self.begins = [np.zeros(0, bool)] * obs.shape[1]  # [rows] each
-        self.state = recurrent_state  # [N, ...] before the first of these rows, where that begins no episode
+        self.state = recurrent_state  # [N, ...] the memory before the first of these rows, if that begins no episode
 
     def add(self, obs, begins):
         """Appends a rollout: obs [S, N, O], begins [S, N]."""
@@ -186,7 +186,7 @@ class CarriedTape:
         self.begins = [np.concatenate([rows, begins[:, i]]) for i, rows in enumerate(self.begins)]
 
     def sections(self, envs, num_steps, upto=None):
-        """The tape of environments `envs` [E], whose last `num_steps` rows carry a loss; on request of their rows [:upto]."""
+        """The tape of the environments `envs` [E]: their rows [:upto], or all. The last `num_steps` of each carry a loss."""
         all_obs, all_begins = [self.obs[i][:upto] for i in envs], [self.begins[i][:upto] for i in envs]
         rows = np.array([len(begins) for begins in all_begins])
         pad = -rows.sum() % 64  # rows of zeros round the length up: oneDNN takes 10 ms to prepare for every new length
@@ -198,10 +198,10 @@ class CarriedTape:
 
     @torch.no_grad()
     def carry(self, next_begins, recurrent_state, max_prefix, agent):
-        """Forgets all but the last `max_prefix` rows of the running episodes, and says where their memory stands.
+        """Keeps the last `max_prefix` rows of each running episode, and returns what its memory now holds.
 
-        next_begins [N], recurrent_state [N, ...]: before the next observation, as the rollout left it. With no prefix at all,
-        it is carried as it is, stale as under stored-state training. Returns: recurrent_state under the agent's weights now.
+        next_begins [N], recurrent_state [N, ...]: as the rollout left them, before the next observation. If max_prefix is 0,
+        the state stays as it is, and is stale. Returns: recurrent_state, computed anew under the agent's current weights.
         """
         for i, begins in enumerate(self.begins):
             first = len(begins) if next_begins[i] or max_prefix == 0 else np.append(0, np.flatnonzero(begins))[-1]
@@ -265,7 +265,7 @@ class LinearAttention(nn.Module):
         return (query[:, None] @ x)[:, 0]
 
     def forward(self, tape, obs):
-        """TBB: all sections of a tape at once: the Markov states at its rows with a loss, and the memory after each section.
+        """TBB: runs all sections at once. Returns the Markov states of rows with a loss, and the memory after each section.
 
         Attention is linear in X, so what the `state` before a section adds stands alone. [T, H] -> [B, H], [E, K, V + 1]
         """
@@ -318,7 +318,7 @@ class Agent(nn.Module):
 
     def heads(self, markov_state):
         """Log-probabilities of the choices in each part of an action [B, D, choices], and values [B]."""
-        markov_state, most = self.norm(markov_state), max(self.nvec)  # a choice that a part lacks is as good as impossible
+        markov_state, most = self.norm(markov_state), max(self.nvec)  # a choice that a part lacks has probability 0
         parts = [F.pad(p, (0, most - p.shape[-1]), value=-1e9) for p in self.actor(markov_state).split(self.nvec, dim=-1)]
         return torch.stack(parts, -2).log_softmax(-1), self.critic(markov_state).squeeze(-1)
 
@@ -343,7 +343,7 @@ def gae(rewards, values, next_values, ended, gamma, gae_lambda):
     """A[t] = delta[t] + gamma lambda A[t+1], where delta = r + gamma V(s') - V(s): Schulman et al. (2016), eq. 16. [S, N]
 
     TBB: this recurrence is a memoroid, too: a scan from the last step to the first, which starts anew at an episode's end.
-    next_values: 0 where an episode has terminated, else the value of what followed, be it a truncated episode's final state.
+    next_values: 0 if the episode terminated, else the value of the next observation, or of the final one if it was cut off.
     """
     delta = rewards + gamma * next_values - values
     if linear_scan:
@@ -355,12 +355,12 @@ def gae(rewards, values, next_values, ended, gamma, gae_lambda):
 
 
 def env_actions(envs, actions):
-    """Actions [N, D] as the environments take them: one number each if that is all, counted from the space's first."""
+    """Actions [N, D] in the form of the action space: one number each if it is Discrete, counted from its `start`."""
     return actions.cpu().numpy().reshape(envs.action_space.shape) + envs.single_action_space.start
 
 
 def evaluate(agent, env_fns, args):
-    """Returns of greedy episodes, one in each environment: short episodes do not count more often than long ones. [E]"""
+    """The returns of greedy episodes, one in each environment, so that short ones do not count more often. [E]"""
     envs, seed = gym.vector.SyncVectorEnv(env_fns), args.seed + 10**6
     for seed_one in (random.seed, np.random.seed, torch.manual_seed):  # environments may draw from each
         seed_one(seed)
@@ -408,7 +408,7 @@ if __name__ == "__main__":
     # TBB: in the step that ends an episode, next_obs is already the first one of the next episode; infos has the final one
     try:
         envs = gym.vector.SyncVectorEnv([make_env(*make, i) for i in range(args.num_envs)], autoreset_mode="SameStep")
-        if args.capture_video:  # what cannot be recorded is better known now than after training
+        if args.capture_video:  # if it cannot be recorded, say so before training
             make_env(*make, 0, "videos")().close()
     except Exception as error:  # whatever an environment raises
         what = f"--env-id {args.env_id}: cannot be made and flattened with these --env-kwargs and --capture-video"
@@ -447,7 +447,7 @@ if __name__ == "__main__":
     carried_tape = CarriedTape(obs, recurrent_state)
     discounted, return_rms = np.zeros(args.num_envs), gym.wrappers.utils.RunningMeanStd()  # of rewards, for --norm-reward
     global_step = 0
-    # the variables that a checkpoint holds, pickled together, so that the optimizer keeps its hold on the agent's weights
+    # the variables that a checkpoint holds; pickled together, so that the optimizer still refers to the agent's weights
     state = "agent optimizer carried_tape rng global_step next_obs next_begins recurrent_state discounted return_rms".split()
     if saved:
         globals().update(saved["state"])
@@ -494,7 +494,7 @@ if __name__ == "__main__":
             taken = env_actions(envs, action)
             outcome = next_obs, reward, terminations, truncations, infos = envs.step(taken)
             if due and step == 0:
-                finish(taken, outcome)  # the step has shown whether a copy of the environments goes on as they do
+                finish(taken, outcome)  # this step shows whether a copy of the environments does the same
                 if stop:
                     print(f"stopped; --resume {run_dir} goes on from step {global_step - args.num_envs:,}")
                     sys.exit(128 + stop[0])
@@ -504,7 +504,7 @@ if __name__ == "__main__":
             discounted[next_begins] = 0
             scale = np.sqrt(return_rms.var + 1e-8) if args.norm_reward else 1.0
             rewards[step], ended[step] = torch.as_tensor(reward / scale), torch.as_tensor(next_begins)
-            # TBB: an episode cut off by a time limit is worth what its final observation is, remembering all before it
+            # TBB: if a time limit ends an episode, take the value of its final observation, with its whole memory
             bootstraps[step] = 0
             if (cut_off := truncations & ~terminations & (not args.truncation_is_terminal)).any():
                 final = np.stack(infos["final_obs"][cut_off]), np.zeros(cut_off.sum(), bool), recurrent_state[cut_off]
@@ -513,14 +513,14 @@ if __name__ == "__main__":
                 recent_returns.append(infos["final_info"]["episode"]["r"][i])
                 writer.add_scalar("charts/episodic_return", recent_returns[-1], global_step)
                 writer.add_scalar("charts/episodic_length", infos["final_info"]["episode"]["l"][i], global_step)
-        # TBB: the rollout joins the rows that its running episodes have on the tape already
+        # TBB: append the rollout to the rows of its running episodes, which are on the tape already
         carried_tape.add(obs, begins)
         tape_rows = sum(map(len, carried_tape.begins))
         # bootstrap value if not done
         _, next_value, _ = agent.step(next_obs, next_begins, recurrent_state)
         next_values = torch.where(ended, bootstraps, torch.cat([values[1:], next_value[None]]))
         advantages = gae(rewards, values, next_values, ended, args.gamma, args.gae_lambda)
-        # TBB: a batch by environments, [S, N] -> [N, S], so that each one's steps stay in order
+        # TBB: order the batch by environment, [S, N] -> [N, S], so that the steps of each stay in order
         batch = [v.transpose(0, 1) for v in (torch.stack(actions), logprobs, values, advantages, advantages + values)]
         explained_var = 1 - advantages.var() / (advantages + values).var()
         # Optimizing the policy and value network
@@ -535,7 +535,7 @@ if __name__ == "__main__":
                     old_approx_kl = (-logratio).mean()
                     approx_kl = ((ratio - 1) - logratio).mean()
                     clipfracs += [((ratio - 1.0).abs() > args.clip_coef).float().mean().item()]
-                    if logprob_error is None:  # TBB: before the first update, the tape and the rollout must be one policy
+                    if logprob_error is None:  # TBB: before the first update, tape and rollout must be the same policy
                         logprob_error = logratio.abs().max().item()
 
                 if args.norm_adv and len(mb_advantages) > 1:
@@ -567,7 +567,7 @@ if __name__ == "__main__":
                 break
         if logprob_error > 1e-3:
             print(f"warning: rollout and tape differ by {logprob_error:.1e} in log-probability: is `step` what `forward` is?")
-        # TBB: keep the running episodes, and bring their recurrent states up to the new weights
+        # TBB: keep the running episodes, and compute their recurrent states with the new weights
         recurrent_state = carried_tape.carry(next_begins, recurrent_state, args.max_prefix, agent)
         # TRY NOT TO MODIFY: record rewards for plotting purposes
         writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], global_step)
@@ -584,6 +584,6 @@ if __name__ == "__main__":
     save(f"{run_dir}/model.pt", {"script": script, "args": asdict(args), "agent": agent.state_dict()})
     print(f"trained for {global_step:,} steps, {time.time() - start_time:.1f} seconds; the model is {run_dir}/model.pt")
     for idx, episodic_return in enumerate(evaluate(agent, eval_fns, args) if args.eval_episodes else ()):
-        writer.add_scalar("eval/episodic_return", episodic_return, global_step + idx)  # --resume takes it back
+        writer.add_scalar("eval/episodic_return", episodic_return, global_step + idx)  # --resume deletes it
     envs.close()
     writer.close()

@@ -28,7 +28,7 @@ class Args:
     exp_name: str = os.path.basename(__file__)[: -len(".py")]  # the name of this experiment
     seed: int = 1  # seed of the experiment
     env_id: str = "popgym-RepeatFirstEasy-v0"  # the id of the environment
-    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # of its constructor: k 10 num_decks 2
+    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # for its constructor: k 10 num_decks 2
     total_timesteps: int = 100_000  # total timesteps of the experiment, over all environments (steps)
     num_envs: int = 8  # the number of parallel environments
     num_steps: int = 128  # the number of steps per policy rollout in each environment; the gradient is cut there (steps)
