@@ -479,7 +479,7 @@ if __name__ == "__main__":
         taken = actions + envs.single_action_space.start
         outcome = next_obs, rewards, terminations, truncations, infos = envs.step(taken)
         if due:
-            finish(taken, outcome)  # this step shows whether a copy of the environments does the same
+            finish(taken, outcome)  # the step has shown whether a copy of the environments goes on as they do
             if stop:
                 print(f"stopped; --resume {run_dir} goes on from step {global_step:,}")
                 sys.exit(128 + stop[0])

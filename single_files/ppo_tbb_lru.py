@@ -520,7 +520,7 @@ if __name__ == "__main__":
             taken = env_actions(envs, action)
             outcome = next_obs, reward, terminations, truncations, infos = envs.step(taken)
             if due and step == 0:
-                finish(taken, outcome)  # this step shows whether a copy of the environments does the same
+                finish(taken, outcome)  # the step has shown whether a copy of the environments goes on as they do
                 if stop:
                     print(f"stopped; --resume {run_dir} goes on from step {global_step - args.num_envs:,}")
                     sys.exit(128 + stop[0])
@@ -530,7 +530,7 @@ if __name__ == "__main__":
             discounted[next_begins] = 0
             scale = np.sqrt(return_rms.var + 1e-8) if args.norm_reward else 1.0
             rewards[step], ended[step] = torch.as_tensor(reward / scale), torch.as_tensor(next_begins)
-            # TBB: if a time limit ends an episode, take the value of its final observation, with its whole memory
+            # TBB: an episode cut off by a time limit is worth what its final observation is, remembering all before it
             bootstraps[step] = 0
             if (cut_off := truncations & ~terminations & (not args.truncation_is_terminal)).any():
                 final = np.stack(infos["final_obs"][cut_off]), np.zeros(cut_off.sum(), bool), recurrent_state[cut_off]
@@ -539,7 +539,7 @@ if __name__ == "__main__":
                 recent_returns.append(infos["final_info"]["episode"]["r"][i])
                 writer.add_scalar("charts/episodic_return", recent_returns[-1], global_step)
                 writer.add_scalar("charts/episodic_length", infos["final_info"]["episode"]["l"][i], global_step)
-        # TBB: append the rollout to the rows of its running episodes, which are on the tape already
+        # TBB: the rollout joins the rows that its running episodes have on the tape already
         carried_tape.add(obs, begins)
         tape_rows = sum(map(len, carried_tape.begins))
         # bootstrap value if not done
@@ -561,7 +561,7 @@ if __name__ == "__main__":
                     old_approx_kl = (-logratio).mean()
                     approx_kl = ((ratio - 1) - logratio).mean()
                     clipfracs += [((ratio - 1.0).abs() > args.clip_coef).float().mean().item()]
-                    if logprob_error is None:  # TBB: before the first update, tape and rollout must be the same policy
+                    if logprob_error is None:  # TBB: before the first update, the tape and the rollout must be one policy
                         logprob_error = logratio.abs().max().item()
 
                 if args.norm_adv and len(mb_advantages) > 1:

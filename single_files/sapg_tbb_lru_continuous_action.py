@@ -662,7 +662,7 @@ if __name__ == "__main__":
             taken = env_actions(envs, action)
             outcome = next_obs, reward, terminations, truncations, infos = envs.step(taken)
             if due and step == 0:
-                finish(taken, outcome)  # this step shows whether a copy of the environments does the same
+                finish(taken, outcome)  # the step has shown whether a copy of the environments goes on as they do
                 if stop:
                     print(f"stopped; --resume {run_dir} goes on from step {global_step - args.num_envs:,}")
                     sys.exit(128 + stop[0])
@@ -672,7 +672,7 @@ if __name__ == "__main__":
             discounted[next_begins] = 0
             scale = np.sqrt(return_rms.var + 1e-8) if args.norm_reward else 1.0
             rewards[step], ended[step] = torch.as_tensor(reward / scale), torch.as_tensor(next_begins)
-            # TBB: if a time limit ends an episode, take the value of its final observation, with its whole memory
+            # TBB: an episode cut off by a time limit is worth what its final observation is, remembering all before it
             over = truncations & ~terminations & (not args.truncation_is_terminal)
             cut_off[step] = torch.as_tensor(over)
             if over.any():
@@ -736,7 +736,7 @@ if __name__ == "__main__":
                     approx_kl = ((logratio.exp() - 1) - logratio).mean()
                     outside = ((logratio.exp() - 1.0).abs() > args.clip_coef).float()
                     clipped.append((outside[:, own[mb]].mean(), outside[:, ~own[mb]].mean()))
-                    if logprob_error is None:  # TBB: before the first update, tape and rollout must be the same policy
+                    if logprob_error is None:  # TBB: before the first update, the tape and the rollout must be one policy
                         logprob_error = logratio.abs().max().item()
 
                 pg_loss = policy_loss(newlogprob, mb_old, mb_acted, mb_advantages, args.clip_coef, args.importance).mean()
