@@ -443,7 +443,7 @@ if __name__ == "__main__":
     update, streams = 0, Streams(len(tasks), histories.cell.shape[1] // window, args.batch_rows // window, rng)
     memory = agent.initial_memory(args.batch_rows // window)
     optimizer = torch.optim.AdamW(agent.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0, fused=True)
-    # the variables that a checkpoint holds; pickled together, so that the optimizer still refers to the agent's weights
+    # the variables that a checkpoint holds, pickled together, so that the optimizer keeps its hold on the agent's weights
     state = "agent optimizer rng streams memory update".split()
     if saved:
         globals().update(saved["state"])

@@ -50,7 +50,7 @@ try:
     from cleanrl_memoroid.runs import Checked, catch_stop_signals, check_flags, load, new_run_dir, save
     from cleanrl_memoroid.scan import linear_scan, tune_cpu
     from cleanrl_memoroid.students import compact, costs, latency
-except ImportError:  # without the package: the same results, more slowly, and no checks of flags, files, environments
+except ImportError:  # alone, this file computes the same, more slowly, and trusts flags, files and environments
     linear_scan, tune_cpu, catch_stop_signals, check_flags = None, lambda: None, lambda on=True: [], lambda *_: None
     Checked, load = lambda env, idx: env, lambda path, *_: torch.load(path, "cpu", weights_only="model.pt" in path)
     new_run_dir = "runs/{}".format
@@ -135,7 +135,7 @@ def make_env(env_id, env_kwargs, prev_action=True, idx=0, video_folder=None):
             bounded = (space.low > -1e6) & (space.high < 1e6) & (space.low < space.high)
             bounds = (np.where(bounded, two, bound) for two, bound in ((-2, space.low), (2, space.high)))
             env = gym.wrappers.ClipAction(gym.wrappers.RescaleAction(env, *bounds))
-        env = Checked(env, idx)  # copies observations, checks that all numbers are finite, drops infos
+        env = Checked(env, idx)  # each observation in memory of its own, finite numbers, no infos
         env = gym.wrappers.RecordVideo(env, video_folder) if video_folder else env
         return gym.wrappers.RecordEpisodeStatistics(env)
 

@@ -39,7 +39,7 @@ from tqdm import tqdm
 try:
     from cleanrl_memoroid.runs import Checked, catch_stop_signals, check_flags, checkpoint, load, new_run_dir, save
     from cleanrl_memoroid.scan import linear_scan, tune_cpu
-except ImportError:  # without the package: the same results, more slowly, and no checks of flags, files, environments
+except ImportError:  # alone, this file computes the same, more slowly, and trusts flags, files and environments
     linear_scan, tune_cpu, catch_stop_signals, check_flags = None, lambda: None, lambda on=True: [], lambda *_: None
     Checked, load = lambda env, idx: env, lambda path, *_: torch.load(path, "cpu", weights_only="model.pt" in path)
     new_run_dir = "runs/{}".format
@@ -112,7 +112,7 @@ def make_env(env_id, env_kwargs, prev_action=True, idx=0, video_folder=None):
         else:
             env = gym.make(env_id, **(env_kwargs | ({"render_mode": "rgb_array"} if video_folder else {})))
             env = env if isinstance(env.observation_space, gym.spaces.Box) else gym.wrappers.FlattenObservation(env)
-        env = Checked(env, idx)  # copies observations, checks that all numbers are finite, drops infos
+        env = Checked(env, idx)  # each observation in memory of its own, finite numbers, no infos
         env = gym.wrappers.RecordVideo(env, video_folder) if video_folder else env
         return gym.wrappers.RecordEpisodeStatistics(env)
 
@@ -282,7 +282,7 @@ class TapeBuffer:
             if transitions < batch_size:
                 drawn.append(self.episodes[i])
                 transitions += len(drawn[-1].obs) - 1
-        # rows of zeros, like episodes without a step, round the length up: oneDNN takes 10 ms to prepare for a new length
+        # rows of zeros round the length up, as episodes without a step: oneDNN takes 10 ms to prepare for every new length
         ones = np.ones(-(transitions + len(drawn)) % 32, bool)
         zeros = Tape(*(np.zeros_like(column, shape=(len(ones), *column.shape[1:])) for column in drawn[0]))
         drawn.append(zeros._replace(begins=ones, final=ones))
@@ -417,7 +417,7 @@ if __name__ == "__main__":
     stop = catch_stop_signals()  # empty until Ctrl-C or SIGTERM asks for an end
     # TRY NOT TO MODIFY: start the game
     global_step = update = 0
-    # the variables that a checkpoint holds; pickled together, so that the optimizer still refers to the network's weights
+    # the variables that a checkpoint holds, pickled together, so that the optimizer keeps its hold on the network's weights
     state = "q_network target_network optimizer tape_buffer rng global_step update obs begins recurrent_state running".split()
     if saved:
         globals().update(saved["state"])

@@ -305,7 +305,7 @@ class FrameTape:
             if transitions < batch_size:
                 drawn.append(self.episodes[i])
                 transitions += len(drawn[-1].obs) - 1
-        # rows of zeros, like episodes without a step, round the length up: oneDNN takes 10 ms to prepare for a new length
+        # rows of zeros round the length up, as episodes without a step: oneDNN takes 10 ms to prepare for every new length
         ones = torch.ones(-(transitions + len(drawn)) % 32, dtype=torch.bool)
         zeros = Tape(*(column.new_zeros(len(ones), *column.shape[1:]) for column in drawn[0]))
         drawn.append(zeros._replace(begins=ones, final=ones))
@@ -443,7 +443,7 @@ if __name__ == "__main__":
     stop = catch_stop_signals()  # empty until Ctrl-C or SIGTERM asks for an end
     # TRY NOT TO MODIFY: start the game
     global_step, update, episodes = 0, 0, []
-    # the variables that a checkpoint holds; pickled together, so that the optimizer still refers to the network's weights
+    # the variables that a checkpoint holds, pickled together, so that the optimizer keeps its hold on the network's weights
     state = "q_network target_network optimizer episodes rng global_step update".split()
     if saved:
         globals().update(saved["state"])

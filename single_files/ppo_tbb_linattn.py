@@ -39,7 +39,7 @@ from tqdm import tqdm
 try:
     from cleanrl_memoroid.runs import Checked, catch_stop_signals, check_flags, checkpoint, load, new_run_dir, save
     from cleanrl_memoroid.scan import linear_attention, linear_scan, tune_cpu
-except ImportError:  # without the package: the same results, more slowly, and no checks of flags, files, environments
+except ImportError:  # alone, this file computes the same, more slowly, and trusts flags, files and environments
     linear_scan, tune_cpu, catch_stop_signals, check_flags = None, lambda: None, lambda on=True: [], lambda *_: None
     Checked, load = lambda env, idx: env, lambda path, *_: torch.load(path, "cpu", weights_only="model.pt" in path)
     linear_attention, new_run_dir = None, "runs/{}".format
@@ -113,7 +113,7 @@ def make_env(env_id, env_kwargs, prev_action=True, idx=0, video_folder=None):
         else:
             env = gym.make(env_id, **(env_kwargs | ({"render_mode": "rgb_array"} if video_folder else {})))
             env = env if isinstance(env.observation_space, gym.spaces.Box) else gym.wrappers.FlattenObservation(env)
-        env = Checked(env, idx)  # copies observations, checks that all numbers are finite, drops infos
+        env = Checked(env, idx)  # each observation in memory of its own, finite numbers, no infos
         env = gym.wrappers.RecordVideo(env, video_folder) if video_folder else env
         return gym.wrappers.RecordEpisodeStatistics(env)
 
@@ -447,7 +447,7 @@ if __name__ == "__main__":
     carried_tape = CarriedTape(obs, recurrent_state)
     discounted, return_rms = np.zeros(args.num_envs), gym.wrappers.utils.RunningMeanStd()  # of rewards, for --norm-reward
     global_step = 0
-    # the variables that a checkpoint holds; pickled together, so that the optimizer still refers to the agent's weights
+    # the variables that a checkpoint holds, pickled together, so that the optimizer keeps its hold on the agent's weights
     state = "agent optimizer carried_tape rng global_step next_obs next_begins recurrent_state discounted return_rms".split()
     if saved:
         globals().update(saved["state"])

@@ -475,7 +475,7 @@ if __name__ == "__main__":
     stop = catch_stop_signals()  # empty until Ctrl-C or SIGTERM asks for an end
     # TRY NOT TO MODIFY: start the game
     global_step, return_rms = 0, gym.wrappers.utils.RunningMeanStd()  # of discounted returns, for --norm-reward
-    # the variables that a checkpoint holds; pickled together, so that the optimizer still refers to the agent's weights
+    # the variables that a checkpoint holds, pickled together, so that the optimizer keeps its hold on the agent's weights
     state = "agent optimizer rng global_step return_rms".split()
     if saved:
         globals().update(saved["state"])

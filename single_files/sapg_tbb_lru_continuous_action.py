@@ -50,7 +50,7 @@ from tqdm import tqdm
 try:
     from cleanrl_memoroid.runs import Checked, catch_stop_signals, check_flags, checkpoint, load, new_run_dir, save
     from cleanrl_memoroid.scan import linear_scan, tune_cpu
-except ImportError:  # without the package: the same results, more slowly, and no checks of flags, files, environments
+except ImportError:  # alone, this file computes the same, more slowly, and trusts flags, files and environments
     linear_scan, tune_cpu, catch_stop_signals, check_flags = None, lambda: None, lambda on=True: [], lambda *_: None
     Checked, load = lambda env, idx: env, lambda path, *_: torch.load(path, "cpu", weights_only="model.pt" in path)
     new_run_dir = "runs/{}".format
@@ -213,7 +213,7 @@ def make_env(env_id, env_kwargs, prev_action=True, idx=0, video_folder=None):
             bounded = (space.low > -1e6) & (space.high < 1e6) & (space.low < space.high)
             bounds = (np.where(bounded, two, bound) for two, bound in ((-2, space.low), (2, space.high)))
             env = gym.wrappers.ClipAction(gym.wrappers.RescaleAction(env, *bounds))
-        env = Checked(env, idx)  # copies observations, checks that all numbers are finite, drops infos
+        env = Checked(env, idx)  # each observation in memory of its own, finite numbers, no infos
         env = gym.wrappers.RecordVideo(env, video_folder) if video_folder else env
         return gym.wrappers.RecordEpisodeStatistics(env)
 
@@ -607,7 +607,7 @@ if __name__ == "__main__":
     episodic_return, episodic_length, discounted = np.zeros((3, args.num_envs))
     return_rms = gym.wrappers.utils.RunningMeanStd()  # of discounted returns, for --norm-reward
     global_step = 0
-    # the variables that a checkpoint holds; pickled together, so that the optimizer still refers to the agent's weights
+    # the variables that a checkpoint holds, pickled together, so that the optimizer keeps its hold on the agent's weights
     state = "agent optimizer carried_tape rng global_step next_obs next_begins discounted return_rms".split()
     state += "episodic_return episodic_length".split() + ["envs"] * isinstance(envs, HillCar)
     if saved:
