@@ -71,17 +71,17 @@ class Args:
     alpha: float = 1e-3  # step size that the optimiser's output is multiplied by
 
     # Meta-training
-    num_windows: int = 50  # windows, after each of which the optimiser is updated
-    num_updates: int = 16  # updates N of each agent in a window (updates)
-    life: int = 16  # windows until an agent begins anew; agents take turns (windows)
+    num_windows: int = 112  # windows, after each of which the optimiser is updated
+    num_updates: int = 8  # updates N of each agent in a window (updates)
+    life: int = 32  # windows until an agent begins anew; agents take turns (windows)
     pipeline: bool = True  # if toggled, agents begin anew one after another; else all at once
     credit: Literal["final", "every"] = "every"  # an update is judged by the gradient after the window, or by all later ones
     sample: int = 2048  # coordinates S of all agents' weights that an update of the optimiser is computed from
     meta_lr: float = 1e-2  # the learning rate of Adam, which trains the optimiser
     max_grad_norm: float = 0.5  # the maximum norm of the optimiser's gradient
-    num_validations: int = 3  # how often, evenly spread, fresh agents rate the optimiser; the best is kept; 0: the last is
+    num_validations: int = 2  # how often fresh agents rate the optimiser, over the last half; the best is kept; 0: the last is
     valid_agents: int = 8  # the number of those agents
-    test_agents: int = 16  # fresh agents that each optimiser is tested on; 0: no test
+    test_agents: int = 32  # fresh agents that each optimiser is tested on; 0: no test
     test_updates: int = 200  # updates of each of them (updates)
     baselines: bool = True  # if toggled, known optimisers are tested beside it, each at five rates
 
@@ -97,25 +97,25 @@ class Catch:
 
     def __init__(self, agents, envs):
         self.shape = agents, envs
-        self.ball, self.paddle, self.row = torch.zeros(3, agents, envs, dtype=torch.long)
+        self.ball, self.paddle = torch.zeros(2, agents, envs, dtype=torch.long)  # the ball's cell of 50, the paddle's column
+        cells = torch.eye(50)
+        self.pictures = cells[:, None] + cells[45:]  # of each cell of the ball and column of the paddle, [50, 5, 50]
         self.begin(torch.ones(agents, envs, dtype=torch.bool))
 
     def begin(self, which):
         self.ball = torch.where(which, torch.randint(5, self.shape), self.ball)
-        self.paddle = torch.where(which, 2, self.paddle)
-        self.row = torch.where(which, 0, self.row)
+        self.paddle = self.paddle.masked_fill(which, 2)
 
     def observe(self):
         """Two cells of 50 are one: the ball's and the paddle's. [K, E, 50]"""
-        obs = torch.zeros(*self.shape, 50)
-        return obs.scatter_(-1, torch.stack([5 * self.row + self.ball, 45 + self.paddle], -1), 1.0)
+        return self.pictures[self.ball, self.paddle]
 
     def step(self, actions):
         """Actions 0, 1, 2: left, stay, right. -> rewards and whether an episode has ended, [K, E]; ended ones begin anew."""
         self.paddle = (self.paddle + actions - 1).clamp(0, 4)
-        self.row = self.row + 1
-        ended = self.row == 9
-        reward = torch.where(ended, torch.where(self.ball == self.paddle, 1.0, -1.0), 0.0)
+        self.ball = self.ball + 5
+        ended = self.ball >= 45
+        reward = torch.where(self.ball == self.paddle + 45, 1.0, -1.0) * ended
         self.begin(ended)
         return reward, ended
 
@@ -222,37 +222,41 @@ class Agents:
         self.envs.begin(which[:, None].expand(self.envs.shape))
         self.running, self.recent = self.running * ~which[:, None], self.recent.masked_fill(which, torch.nan)
 
-    def network(self, theta, obs):
-        """Log-probabilities [K, B, A] and values [K, B] of observations [K, B, O]."""
+    def layers(self, theta):
+        """Two layers' weights and biases, of all agents: theta in pieces."""
         parts = theta.split([a * b for a, b in self.shapes], dim=1)
-        w1, b1, w2, b2 = (part.view(-1, *shape) for part, shape in zip(parts, self.shapes))
+        return [part.view(-1, *shape) for part, shape in zip(parts, self.shapes)]
+
+    def network(self, layers, obs):
+        """Logits [K, B, A] and values [K, B] of observations [K, B, O]."""
+        w1, b1, w2, b2 = layers
         out = torch.baddbmm(b2, F.relu(torch.baddbmm(b1, obs, w1)), w2)
-        return out[..., :-1].log_softmax(-1), out[..., -1]
+        return out[..., :-1], out[..., -1]
 
     def gradient(self):
         """A rollout of each agent, and the gradient of its A2C loss, each coordinate clipped to [-1, 1]. -> [K, P]
 
         The loss is -log pi(a) err + err^2 / 2 - ent_coef entropy, err the TD(lambda) error, a constant in the first term.
         """
-        seen, taken, rewards, ends, ended_returns = [], [], [], [], []
-        for _ in range(self.args.num_steps):
+        seen, taken, rewards, ends, sums = [], [], [], [], []
+        gumbel = -torch.empty(self.args.num_steps, *self.envs.shape, self.envs.num_actions).exponential_().log()
+        layers = self.layers(self.theta)
+        for noise in gumbel:
             obs = self.envs.observe()
-            with torch.no_grad():
-                logprobs, _ = self.network(self.theta, obs)
-            gumbel = -torch.empty_like(logprobs).exponential_().log()
-            action = (logprobs + gumbel).argmax(-1)  # a draw from the policy, by the Gumbel-max trick
+            logits, _ = self.network(layers, obs)
+            action = (logits + noise).argmax(-1)  # a draw from the policy, by the Gumbel-max trick
             reward, ended = self.envs.step(action)
-            self.running = self.running + reward
-            ended_returns.append(torch.where(ended, self.running, torch.nan))
-            self.running = torch.where(ended, 0, self.running)
-            seen, taken, rewards, ends = [*seen, obs], [*taken, action], [*rewards, reward], [*ends, ended]
-        returns = torch.stack(ended_returns).transpose(0, 1).flatten(1).nanmean(1)  # of the episodes that have ended. [K]
-        self.recent = torch.where(returns.isnan(), self.recent, returns)
+            total = self.running + reward  # of the episode so far
+            self.running = total.masked_fill(ended, 0)
+            for tape, row in ((seen, obs), (taken, action), (rewards, reward), (ends, ended), (sums, total)):
+                tape.append(row)
         seen, rewards, ends = torch.stack([*seen, self.envs.observe()], 1), torch.stack(rewards), torch.stack(ends)
+        returns = torch.where(ends, torch.stack(sums), torch.nan).transpose(0, 1).flatten(1).nanmean(1)  # [K]
+        self.recent = torch.where(returns.isnan(), self.recent, returns)
         theta = self.theta.requires_grad_()
-        logprobs, values = self.network(theta, seen.flatten(1, 2))  # [K, (T + 1) E, ...]
+        logits, values = self.network(self.layers(theta), seen.flatten(1, 2))  # [K, (T + 1) E, ...]
         values = values.unflatten(1, (-1, self.args.num_envs)).transpose(0, 1)  # [T + 1, K, E]
-        logprobs = logprobs.unflatten(1, (-1, self.args.num_envs)).transpose(0, 1)[:-1]
+        logprobs = logits.unflatten(1, (-1, self.args.num_envs)).transpose(0, 1)[:-1].log_softmax(-1)
         value = values.detach()
         delta = rewards + self.args.gamma * torch.where(ends, 0, value[1:]) - value[:-1]
         err = discounted_sum(delta, self.args.gamma * self.args.gae_lambda, ends)
@@ -308,9 +312,9 @@ class MemoroidCell(nn.Module):
 
     def lift(self, g):
         """What a step multiplies the memory by, and what it adds. [..., S] -> [15], [..., S, 15]"""
-        beta = torch.sigmoid(self.b)
-        added = torch.stack([g, g**2, torch.ones_like(g)], -1)[..., None] * (1 - beta)
-        return beta.repeat(3), added.flatten(-2)
+        beta, x = torch.sigmoid(self.b), torch.ones(*g.shape, 3, 1, device=g.device)
+        x[..., 0, 0], x[..., 1, 0] = g, g**2
+        return beta.repeat(3), (x * (1 - beta)).flatten(-2)
 
     def readout(self, state):
         """The update that a memory says. [..., 15] -> [...]"""
@@ -318,7 +322,7 @@ class MemoroidCell(nn.Module):
         m, v = m / c, v / c
         size = torch.log((v + 1e-8) / (v[..., 4:] + 1e-8)).clamp(-8, 8) / 4
         o = self.mlp(torch.cat([m.abs() / (v + 1e-8).sqrt(), size, c], -1))
-        scale = (v * self.u.softmax(0)).sum(-1) + 1e-16
+        scale = v @ self.u.softmax(0) + 1e-16
         return -o[..., 0].clamp(-5, 5).exp() * ((self.w + o[..., 1:]) * m).sum(-1) / scale.sqrt()
 
     def step(self, g, state, begins):
@@ -617,7 +621,8 @@ if __name__ == "__main__":
             skipped += 1
             memory = torch.where(memory.isfinite().all(1, keepdim=True), memory, 0)
         # fresh agents rate it; the best is kept
-        if args.num_validations and window % max(1, args.num_windows // args.num_validations) == 0:
+        left, between = args.num_windows - window, max(1, args.num_windows // (2 * max(1, args.num_validations)))
+        if args.num_validations and left < between * args.num_validations and left % between == 0:
             auc = summary(test_cell(cell, args.env_id, args.valid_agents, args, args.seed + 10**7))["auc"]
             writer.add_scalar("meta/validation_auc", auc, window)
             if auc > best_auc:

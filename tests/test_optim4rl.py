@@ -247,10 +247,10 @@ def test_a_stacked_agent_learns_as_one_alone_does():
     again = optim4rl.Agents("catch", 2, args)
     torch.set_rng_state(rng)
     seen, taken, rewards, ends = [], [], [], []
-    for _ in range(args.num_steps):
+    for exponential in torch.empty(args.num_steps, 2, 3, 3).exponential_():
         obs = again.envs.observe()
-        logprobs, _ = again.network(theta, obs)
-        action = (logprobs - torch.empty_like(logprobs).exponential_().log()).argmax(-1)
+        logits, _ = again.network(again.layers(theta), obs)
+        action = (logits - exponential.log()).argmax(-1)
         reward, ended = again.envs.step(action)
         seen, taken, rewards, ends = [*seen, obs], [*taken, action], [*rewards, reward], [*ends, ended]
     seen.append(again.envs.observe())
@@ -276,10 +276,10 @@ def test_a_stacked_agent_learns_as_one_alone_does():
 def test_agents_that_begin_anew_leave_the_others_alone():
     agents = optim4rl.Agents("catch", 3, optim4rl.Args(num_envs=2))
     agents.gradient()
-    theta, row = agents.theta.clone(), agents.envs.row.clone()
+    theta, ball = agents.theta.clone(), agents.envs.ball.clone()
     agents.begin(torch.tensor([False, True, False]))
     assert torch.equal(agents.theta[[0, 2]], theta[[0, 2]]) and not torch.equal(agents.theta[1], theta[1])
-    assert torch.equal(agents.envs.row[[0, 2]], row[[0, 2]]) and not agents.envs.row[1].any()
+    assert torch.equal(agents.envs.ball[[0, 2]], ball[[0, 2]]) and (agents.envs.ball[1] < 5).all()
 
 
 # ---- the optimiser for others

@@ -8,11 +8,11 @@ memoroid=single_files/optim4rl_lru.py
 
 for seed in ${SEEDS:-1 2 3 4 5}; do
     run="--env-id catch --seed $seed --checkpoint-interval 0"
-    echo "memoroid: $memoroid $run"
+    echo "memoroid: $memoroid $run --test-agents 96" # one agent in a hundred gets stuck: many, to see it
     echo "memoroid from Adam: $memoroid $run --init adam --no-baselines"
     for structure in adaptive linear momentum raw; do
         for grad_proc in none signlog l2l asinh; do
-            echo "GRU $structure, $grad_proc: $gru $run --no-baselines --structure $structure --grad-proc $grad_proc"
+            echo "GRU $structure, $grad_proc: $gru $run --no-baselines --test-agents 16 --structure $structure --grad-proc $grad_proc"
         done
     done
     echo "memoroid, no pipeline: $memoroid $run --no-baselines --no-pipeline"
