@@ -105,9 +105,10 @@ def collect(report, root):
 def test_table_counts_finished_runs_and_names_the_others(report, root, means_of_runs):
     collect(report, root)
     text = make(root, "--runs", "", "--no-pictures")
-    mean = "0.750 ± 0.150 (2 of 3 done, 1 failed)"  # of 0.6 and 0.9: the failed run's -1 is not in it
-    assert f"| popgym-A-v0 | ffm tape | 100 | {mean} | 0.600, 0.900 | never, never | 12 to 12 |" in text
-    assert "| ffm segments | 100 | 0.250 (1 of 2 done, 1 unfinished) | 0.250 | never | 12 to 12 |" in text
+    mean = "0.75 ± 0.15 (0.60, 0.90; 2 of 3 done, 1 failed)"  # of 0.6 and 0.9: the failed run's -1 is not in it
+    assert f"| A-v0 | ffm tape | 100 | {mean} | never | 12 |" in text
+    assert "| ffm segments | 100 | 0.25 (1 of 2 done, 1 unfinished) | never | 12 |" in text
+    assert "[every run](benchmark/results/tiny/runs.csv): 3 of 5 done, 1 failed" in text
     assert "failed: popgym-A-v0, ffm tape, seed 3: `ValueError: tape | too long in single_files/x.py (exit status 1)`" in text
     assert "unfinished: popgym-A-v0, ffm segments, seed 2" in text
     assert "3 of 5 done, 1 failed, 1 unfinished; greedy return of the final network over 1 or 2 episodes" in text
@@ -123,17 +124,44 @@ def test_arms_and_environments_cross_in_the_papers_figure(report, root, means_of
     (root / "README.md").write_text("<!-- results: dqn_popgym -->\n<!-- end results -->\n")
     collect(report, root)
     text = make(root, "--runs", "", "--no-pictures")
-    assert "| arm | A-v0, 100 steps |" in text and "| ffm tape | 0.750 ± 0.150 (2 of 3 done, 1 failed) |" in text
+    assert "| arm | A-v0, 100 steps |" in text and "| ffm tape | 0.75 ± 0.15 (2 of 3 done, 1 failed) |" in text
 
 
 def test_an_arm_stands_in_the_table_where_it_has_a_name(report):
     def rows(*arms):
         row = {"env_id": "A", "env_kwargs": "{}", "seed": "1", "total_timesteps": "100", "state": "done", "greedy_return": "1"}
-        row |= {"steps_to_half": "50", "seconds": "3", "device": ""}
+        row |= {"steps_to_half": "50", "seconds": "3", "device": "", "commit": "", "episodes": "9"}
         return [row | {"arm": arm} for arm in arms]
 
-    assert report.run_table(rows("ppo"), "ppo").splitlines()[2:] == ["| A | 100 | 1.000 | 1.000 | 0.05 | 3 to 3 |"]
-    assert [line.split(" | ")[1] for line in report.run_table(rows("ppo", "b"), "ppo").splitlines()[2:]] == ["", "b"]
+    assert report.run_table(rows("ppo"), "ppo").splitlines()[4:] == ["| A | 100 | 1.00 | 0.05 | 3 |"]
+    assert [line.split(" | ")[1] for line in report.run_table(rows("ppo", "b"), "ppo").splitlines()[4:]] == ["", "b"]
+
+
+def test_numbers_have_three_digits_at_most(report):
+    import tables
+
+    numbers = {0.0677321: "0.0677", 12048: "12,000", 999.7: "1,000", 1.5: "1.5", 38.0: "38", 5.52e-8: "5.5e-08", 0.0: "0"}
+    assert {value: tables.number(value) for value in numbers} == numbers
+    same_column = {0.3749: "0.37", 0.9996: "1.00", 16.25: "16.2", 1438.15: "1,440", -0.001: "0.00", -9.996: "-10.0"}
+    assert {value: tables.number(value, 2) for value in same_column} == same_column
+    assert tables.mean_and_spread([1247.9, 156.9]) == "702 ± 546" and tables.mean_and_spread(["0.5"]) == "0.50"
+    assert tables.with_seeds([0.999, 1.0]) == "1.00 ± 0.00 (2 seeds)" and tables.with_seeds([]) == ""
+    assert tables.with_seeds([0.2, 0.4], "1 failed") == "0.30 ± 0.10 (0.20, 0.40; 1 failed)"
+
+
+def test_tables_of_what_was_measured_say_what_they_leave_out(report):
+    """Crossed by hand from a few rows: which figure stands where."""
+    import measured
+
+    part = {"script": "dqn_tbb_ffm", "rows": "1000", "vs_products": "", "vs_paper": ""}
+    rows = [part | {"what": "update", "median_ms": "23.373", "vs_products": "1.3875", "vs_paper": "2.1215"}]
+    rows += [part | {"what": "jax paper", "median_ms": "49.586"}, part | {"what": "update", "rows": "9", "median_ms": "1"}]
+    lines = measured.parts_table(rows, "dqn_tbb_ffm").splitlines()
+    assert lines[2:] == ["| update | 23.4 | 1.39 | 1 |  |", "| the paper's update, jitted | 49.6 |  |  |  |"]
+    assert measured.whole_table(rows).splitlines()[2:] == ["| FFM | 23.4 | 2.12 | 1 |  |"]
+    scan = {"T": "256", "what": "forward", "median_ms": "0.008823", "copies": "1"}
+    scans = [scan | {"backend": "copy"}, scan | {"backend": "numba", "copies": "3.6619"}]
+    assert measured.scan_table(scans).splitlines()[2:] == ["| 256 forward | 0.00882 | 3.66 |  |  |  |"]
 
 
 def test_rows_say_what_ran(report, root, means_of_runs):
@@ -178,8 +206,8 @@ def test_steps_to_the_goal_are_those_of_the_first_full_window(report, tmp_path):
     lost, points = records.read_record(tmp_path / "runs/grids/tiny/lost-1/record.json", tmp_path)
     assert lost["state"] == "failed" and "missing" in lost["error"] and points == []
     text = report.race_table([{name: str(value) for name, value in row.items()} for row in (a, b, c, d, lost)])
-    assert "| A-v0 | a | 3,000 | 1 of 1 done | 2,450 | 247.0 |" in text and "| 1 of 1 done | never | never |" in text
-    assert "| c | 3,000 | 1 of 1 done | 2,450 | stopped meanwhile |" in text and "0 of 1 done, 1 failed" in text
+    assert "| A-v0 | a | 3,000 | 2.45 | 247 |" in text and "| b | 3,000 | never | never |" in text
+    assert "| c | 3,000 | 2.45 | stopped meanwhile |" in text and "| 0 of 1 done, 1 failed |" in text
 
 
 def test_runs_of_another_machine_stay(report, root, means_of_runs):
@@ -202,9 +230,9 @@ def test_a_published_number_stands_beside_ours(report, root, means_of_runs):
     (folder / "reference.csv").write_text('# Of a paper.\nenv_id,"PPO, GRU"\npopgym-A-v0,0.9\n')
     collect(report, root)
     text = make(root, "--runs", "", "--no-pictures")
-    assert "| environment | steps | ffm segments | ffm tape | PPO, GRU |" in text
-    assert "mean ± sd over seeds. Of a paper." in text
-    assert "| A-v0 | 100 | 0.250 (1 of 2 done, 1 unfinished) | 0.750 ± 0.150 (2 of 3 done, 1 failed) | 0.9 |" in text
+    assert "| environment | ffm segments | ffm tape | PPO, GRU |" in text
+    assert "mean ± sd over seeds; 100 steps. Of a paper." in text
+    assert "| A-v0 | 0.25 (1 of 2 done, 1 unfinished) | 0.75 ± 0.15 (2 of 3 done, 1 failed) | 0.90 |" in text
 
 
 def test_the_board_says_where_the_better_arm_reaches_what_was_published(report):
@@ -250,7 +278,7 @@ def test_the_table_of_sapg_shows_the_end_of_training_and_how_soon(report, root, 
     lines = [line for line in text.splitlines() if line.startswith("|")][2:]
     assert lines == [  # 80 % of 1.5, the mean of the best arm
         "| SAPG | 1.50 ± 0.50 (2.00, 1.00) | 1.50 ± 0.50 (2.00, 1.00) | 0.00, never | 0.30, -, - | 30 |",
-        "| PPO | 0.00 (0.00) | 0.00 (0.00) | never | -, -, - | 20 |",
+        "| PPO | 0.00 | 0.00 | never | -, -, - | 20 |",
     ]
 
 
@@ -284,8 +312,8 @@ def test_intervals_are_rliables(report):
 def test_each_machine_has_its_own_tables(report, root):
     for name, device, figure in ("one", "first", 1), ("other", "second", 2):
         (folder := root / "benchmark" / "results" / "machines" / name).mkdir(parents=True)
-        (folder / "collect.csv").write_text(f"# device: {device}\nwhat,median_ms\nscan,{figure}\n")
-    markers = [f"<!-- results: {name} -->\n<!-- end results -->\n" for name in ("other/collect", "one/collect")]
+        (folder / "any.csv").write_text(f"# device: {device}\nwhat,median_ms\nscan,{figure}\n")
+    markers = [f"<!-- results: {name} -->\n<!-- end results -->\n" for name in ("other/any", "one/any")]
     (root / "README.md").write_text("".join(markers))
     text = make(root, "--runs", "", "--no-pictures")
     assert re.findall(r"device: (\w+)|\| scan \| (\d) \|", text) == [("second", ""), ("", "2"), ("first", ""), ("", "1")]

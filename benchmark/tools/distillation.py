@@ -2,7 +2,7 @@
 
 import numpy as np
 from curves import begin, save
-from tables import grouped, markdown, read_rows
+from tables import grouped, markdown, number, read_rows
 
 MEMORIES = "minGRU", "ED", "full context", "linear attention", "XL", "reduced context", "LRU"
 CONTROLS = "minGRU, reset at episodes", "no cache", "ED, early greed"
@@ -30,7 +30,7 @@ def each(rows, name, digits=2):
 def mean(rows, name, digits=3):
     """Of the seeds, to so many digits in all."""
     found = numbers(rows, name)
-    return f"{found.mean():.{digits}g}" if len(found) else "-"
+    return number(f"{found.mean():.{digits}g}") if len(found) else "-"
 
 
 def learning(rows):
@@ -114,16 +114,16 @@ def in_context_picture(results):
         gone = [row for row in kept if row["env_id"] == env_id and row["room_size"] == "5"]
         panels = (here, "episode", "share of the optimum, T = 0.5"), (gone, "gap", "after J episodes without reward")
         for axis, (rows, x, title) in zip(line, panels):
-            for number, arm in enumerate(arms):
+            for i, arm in enumerate(arms):
                 points = grouped(
                     (r for r in rows if r["arm"] == arm and (x == "episode" or arm in MEMORIES)), lambda row, x=x: int(row[x])
                 )
                 if points:
                     values = {place: numbers(cell, "share") for place, cell in points.items()}
                     values = {place: found for place, found in values.items() if len(found)}
-                    axis.plot(list(values), [v.mean() for v in values.values()], color=f"C{number}", label=arm)
+                    axis.plot(list(values), [v.mean() for v in values.values()], color=f"C{i}", label=arm)
                     low, high = ([f(v) for v in values.values()] for f in (np.min, np.max))
-                    axis.fill_between(list(values), low, high, color=f"C{number}", alpha=0.12, lw=0)
+                    axis.fill_between(list(values), low, high, color=f"C{i}", alpha=0.12, lw=0)
             axis.set(title=f"{env_id}: {title}", xlabel="episode in context" if x == "episode" else "J", ylim=(0, 1.05))
             axis.grid(alpha=0.3)
     axes[0, 0].legend(fontsize="small")

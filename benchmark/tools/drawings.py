@@ -213,9 +213,7 @@ def carried():
     d.text(place(8) + 10, 232, "light: seen again", 14, color=MUTED)
     d.arc((place(11.5), 284), (place(0.5), 284), 26)
     d.line([(24, 344), (776, 344)], GREY, 1)
-    d.text(
-        24, 368, "Stored state (the usual way): only the memory's last value crosses to the next rollout", 15, bold=True
-    )
+    d.text(24, 368, "Stored state (the usual way): only the memory's last value crosses to the next rollout", 15, bold=True)
     d.text(24, 439, "update 3", 15)
     d.box(place(3) - 20, 418, 166, 42, ORANGE, "the last value, as\nolder weights left it", 14)
     d.line([(place(7) - 10, 439), (place(8) - 5, 439)], arrow="ink")

@@ -10,7 +10,7 @@ import json
 import numpy as np
 from curves import begin, save
 from records import portable_command, read_events
-from tables import grouped, markdown, natural, read_rows, write_rows
+from tables import csv_link, each_seed, grouped, markdown, mean_and_spread, natural, number, read_rows, write_rows
 
 GRID, EVERY = "optim4rl", 5
 SUMMARY = "return", "auc", "worst"
@@ -52,7 +52,7 @@ def collect_optimizers(root, runs, results):
 
 def each(rows, column):
     values = [float(row[column]) for row in rows]
-    return f"{np.mean(values):.2f} ({', '.join(f'{value:.2f}' for value in values)})"
+    return f"{number(np.mean(values), 2)} ({each_seed(values)})"
 
 
 def optimizer_tables(results):
@@ -69,10 +69,10 @@ def optimizer_tables(results):
     table = [
         {"cell": arm}
         | {name: each(runs, column) for name, column in (("return", "return"), ("area under the curve", "auc"))}
-        | {"worst agent": each(runs, "worst"), "CPU s": f"{np.mean([float(r['cpu_seconds']) for r in runs]):.0f}"}
+        | {"worst agent": each(runs, "worst"), "CPU s": number(np.mean([float(r["cpu_seconds"]) for r in runs]), 0)}
         for arm, runs in cells.items()
     ]
-    tables = {GRID: f"{where}\n\n{markdown(table, list(table[0]))}"}
+    tables = {GRID: f"{csv_link(path, 'every test')}: {where}\n\n{markdown(table, list(table[0]))}"}
     known = grouped(
         [row for row in rows if row["optimiser"] not in ("cell", "untrained")], lambda row: row["optimiser"].rsplit(" ", 1)[0]
     )
@@ -84,10 +84,10 @@ def optimizer_tables(results):
         lines.append(
             {
                 "optimiser": name,
-                "area at each rate": ", ".join(f"{rate:g}: {area:.2f}" for rate, area in areas.items()),
-                "return at the best": f"{np.mean([float(row['return']) for row in best]):.2f}",
-                "area": f"{np.mean([float(row['auc']) for row in best]):.2f}",
-                "worst agent": f"{min(float(row['worst']) for row in best):.2f}",
+                "area at each rate": ", ".join(f"{rate:g}: {number(area, 2)}" for rate, area in areas.items()),
+                "return at the best": number(np.mean([float(row["return"]) for row in best]), 2),
+                "area": number(np.mean([float(row["auc"]) for row in best]), 2),
+                "worst agent": number(min(float(row["worst"]) for row in best), 2),
             }
         )
     if lines:
@@ -97,7 +97,7 @@ def optimizer_tables(results):
         row = {"structure": structure}
         for kind in PROCESSINGS:
             areas = [float(run["auc"]) for run in cells.get(f"GRU {structure}, {kind}", [])]
-            row[kind] = f"{np.mean(areas):.2f} ± {np.std(areas):.2f} ({len(areas)})" if areas else ""
+            row[kind] = f"{mean_and_spread(areas)} ({len(areas)})" if areas else ""
         crossed.append(row)
     tables["optim4rl_crossed"] = markdown(crossed, list(crossed[0]))
     return tables

@@ -9,9 +9,11 @@ From these files and no others come picture.svg, seconds.svg (the same curves ov
 `<!-- results: NAME -->` and `<!-- end results -->`. A run that failed or has not ended is named, and is no part of any mean.
 Returns are those of the agent at that time, never the best so far. Nothing is typed by hand.
 
-Students of a policy and learned optimisers have figures of their own, which students.py and optimizers.py write.
+A table has six columns and three digits at most; the CSV files, which it links to, have all.
 
-What benchmark/speed measures lies in benchmark/results/machines/MACHINE; the markers are `<!-- results: MACHINE/NAME -->`.
+Students of a policy and learned optimisers have figures of their own, which students.py and optimizers.py write. What
+benchmark/speed measures lies in benchmark/results/machines/MACHINE; measured.py makes tables of it, and the markers are
+`<!-- results: MACHINE/NAME -->`.
 """
 
 import argparse
@@ -29,14 +31,25 @@ from curves import (
     update_picture,
 )
 from distillation import in_context_picture, in_context_tables
+from measured import measured_tables
 from optimizers import collect_optimizers, draw_optimizers, optimizer_tables
 from records import GOAL, WINDOW, read_grids
 from students import collect_students, draw_students, student_tables
-from tables import fill, grouped, markdown, natural, read_rows, task_name, write_rows
-
-
-def mean_and_spread(values):
-    return f"{np.mean(values):.3f} ± {np.std(values):.3f}"
+from tables import (
+    csv_link,
+    each_seed,
+    fill,
+    grouped,
+    markdown,
+    mean_and_spread,
+    natural,
+    number,
+    read_rows,
+    short_name,
+    task_name,
+    with_seeds,
+    write_rows,
+)
 
 
 def states(cell):
@@ -59,9 +72,8 @@ def final_return(row):
 
 def cell_text(cell):
     """Mean ± standard deviation over a cell's finished runs, and how many those are where some are missing."""
-    values = [final_return(row) for row in cell if row["state"] == "done"]
-    text = "" if not values else f"{values[0]:.3f}" if len(values) == 1 else mean_and_spread(values)
-    missing = "" if len(values) == len(cell) else states(cell)
+    text = mean_and_spread([final_return(row) for row in cell if row["state"] == "done"])
+    missing = "" if all(row["state"] == "done" for row in cell) else states(cell)
     return f"{text} ({missing})" if text and missing else text or missing
 
 
@@ -98,7 +110,7 @@ def evaluation_text(rows):
 def crossed_table(rows):
     """Arms as rows, environments as columns."""
     tasks, table = grouped(rows, task_name), []
-    heads = {task: f"{task.removeprefix('popgym-')}, {steps_text(members)} steps" for task, members in tasks.items()}
+    heads = {task: f"{short_name(members[0])}, {steps_text(members)} steps" for task, members in tasks.items()}
     for arm, members in sorted(grouped(rows, lambda row: row["arm"]).items(), key=lambda item: natural(item[0])):
         cells = grouped(members, task_name)
         table.append({"arm": arm} | {heads[task]: cell_text(cells[task]) if task in cells else "" for task in tasks})
@@ -111,43 +123,44 @@ def reference_table(rows, published, source):
         raise ValueError(f"reference.csv: expected a column env_id, got {', '.join(published[0])}; rename one")
     table, arms, theirs = [], sorted({row["arm"] for row in rows}, key=natural), {row["env_id"]: row for row in published}
     columns = [name for name in (published[0] if published else {}) if name != "env_id"]
-    for task, members in grouped(rows, task_name).items():
+    for members in grouped(rows, task_name).values():
         cells = grouped(members, lambda row: row["arm"])
-        row = {"environment": task.removeprefix("popgym-"), "steps": steps_text(members)}
+        row = {"environment": short_name(members[0])}
         row |= {arm: cell_text(cells[arm]) if arm in cells else "" for arm in arms}
-        table.append(row | {name: theirs.get(members[0]["env_id"], {}).get(name, "") for name in columns})
-    text = ". ".join(part for part in (evaluation_text(rows), source) if part)
-    return f"{text}\n\n{markdown(table, ['environment', 'steps', *arms, *columns])}{trouble(rows)}"
+        found = {name: theirs.get(members[0]["env_id"], {}).get(name, "") for name in columns}
+        table.append(row | {name: number(value, 2) if value else "" for name, value in found.items()})
+    text = ". ".join(part for part in (f"{evaluation_text(rows)}; {steps_text(rows)} steps", source) if part)
+    return f"{text}\n\n{markdown(table, ['environment', *arms, *columns])}{trouble(rows)}"
 
 
-def reached_text(cell, column, digits):
+def listed(texts):
+    """Texts with commas between them; if all are "never", the word once."""
+    texts = list(texts)
+    return "never" if set(texts) == {"never"} else ", ".join(texts)
+
+
+def reached_text(cell, column, decimals=None, unit=1):
     """When each finished run of a cell reached the goal. A run that went on after a stop has no clock of its own."""
     texts = []
     for row in cell:
         if row["state"] == "done":
             never = "stopped meanwhile" if row["steps_to_goal"] != "" and row[column] == "" else "never"
-            texts.append(f"{float(row[column]):,.{digits}f}" if row[column] != "" else never)
-    return ", ".join(texts)
+            texts.append(number(float(row[column]) / unit, decimals) if row[column] != "" else never)
+    return listed(texts)
 
 
 def race_table(rows):
     """Who gets to GOAL first, by steps and by the clock: a row per environment and arm, every seed."""
     table = []
-    for (task, arm), cell in grouped(rows, lambda row: (task_name(row), row["arm"])).items():
-        seconds = [float(row["seconds"]) for row in cell if row["state"] == "done"]
+    for cell in grouped(rows, lambda row: (task_name(row), row["arm"])).values():
         table.append(
             {
-                "environment": task.removeprefix("popgym-"),
-                "arm": arm,
+                "environment": short_name(cell[0]),
+                "arm": cell[0]["arm"],
                 "budget (steps)": steps_text(cell),
-                "runs": states(cell),
-                f"steps to {GOAL}": reached_text(cell, "steps_to_goal", 0),
+                f"thousand steps to {GOAL}": reached_text(cell, "steps_to_goal", unit=1000),
                 f"seconds to {GOAL}": reached_text(cell, "seconds_to_goal", 1),
-                "seconds per run": ", ".join(f"{value:.0f}" for value in seconds),
-                f"last {WINDOW} in training": ", ".join(
-                    f"{float(row['training_return']):.3f}" for row in cell if row["state"] == "done"
-                ),
-                "final return": cell_text([row for row in cell if row["state"] == "done"]),
+                "final return": cell_text(cell),
             }
         )
     started = [float(row["start_up"]) for row in rows if row["start_up"]]
@@ -161,6 +174,11 @@ def race_table(rows):
     return f"{text}\n\n{markdown(table, list(table[0]))}{trouble(rows)}"
 
 
+def half_text(rows):
+    """The thousand steps after which each run's mean training return was first 0.5."""
+    return listed(number(int(row["steps_to_half"]) / 1000) if row["steps_to_half"] else "never" for row in rows)
+
+
 def run_table(rows, name):
     """A row per environment, arm and budget: every seed's return, and when its mean training return was first 0.5."""
     table = []
@@ -168,24 +186,53 @@ def run_table(rows, name):
         done = [row for row in cell if row["state"] == "done"]
         clock = "cpu_seconds" if any(row.get("cpu_seconds") for row in done) else "seconds"
         seconds = [float(row[clock]) for row in done if row.get(clock)]
+        seconds = dict.fromkeys(number(value, 0) for value in (min(seconds), max(seconds))) if seconds else []
         table.append(
             {
-                "environment": task_name(cell[0]),
+                "environment": short_name(cell[0]),
                 "arm": "" if cell[0]["arm"] == name else cell[0]["arm"],  # a script's default arm is no arm
                 "steps": steps_text(cell),
-                "greedy return, mean ± sd": cell_text(cell),
-                "each seed": ", ".join(f"{final_return(row):.3f}" for row in done),
-                "trains at 0.5 from (thousand steps)": ", ".join(
-                    f"{int(row['steps_to_half']) / 1000:.3g}" if row["steps_to_half"] else "never" for row in done
+                "greedy return (each seed)": with_seeds(
+                    [final_return(row) for row in done], states(cell) if len(done) < len(cell) else ""
                 ),
-                "seconds per run": f"{min(seconds):.0f} to {max(seconds):.0f}{' of CPU' if clock == 'cpu_seconds' else ''}"
-                if done
-                else "",
+                "thousand steps until training returns 0.5": half_text(done),
+                "seconds per run": " to ".join(seconds) + (" of CPU" if seconds and clock == "cpu_seconds" else ""),
             }
         )
     columns = [column for column in table[0] if column != "arm" or any(row["arm"] for row in table)]
-    where = f"{evaluation_text(rows)}\n\n" if any(row["device"] for row in rows) else ""  # old results do not say
-    return where + markdown(table, columns) + trouble(rows)
+    return f"{evaluation_text(rows)}\n\n{markdown(table, columns)}{trouble(rows)}"
+
+
+TAPE_OR_SEGMENTS = ("segments_lru", "LRU"), ("segments_s5", "S5"), ("segments_s5_paper", "S5, the paper's settings")
+
+
+def segments_table(results):
+    """Tape and segments as rows, memories and losses as columns: the greedy return, and when training was first at 0.5."""
+    table, rows = {}, []
+    for grid, memory in TAPE_OR_SEGMENTS:
+        found = read_rows(results / grid / "runs.csv")[0]
+        rows += found
+        for arm, cell in grouped(found, lambda row: row["arm"]).items():
+            batching, loss = arm.rsplit(" ", 1)
+            batching = batching.replace("segment_length=", "segments of ")
+            line = table.setdefault((memory, batching), {"memory": memory, "batches": batching})
+            done = [row for row in cell if row["state"] == "done"]
+            line[loss.removeprefix("loss_reduction=")] = f"{cell_text(cell)} ({half_text(done)})"
+    lines = [table[key] for key in sorted(table, key=lambda key: (key[0], key[1] != "tape", natural(key[1])))]
+    links = ", ".join(csv_link(results / grid / "runs.csv", memory) for grid, memory in TAPE_OR_SEGMENTS)
+    text = f"{evaluation_text(rows)}; in brackets, the thousand steps after which each seed trains at 0.5; every run: {links}"
+    return f"{text}\n\n{markdown(lines, ['memory', 'batches', 'mean_of_huber', 'huber_of_mean'])}{trouble(rows)}"
+
+
+PPO = "ppo_tbb_ffm", "ppo_tbb_lru", "ppo_tbb_s5", "ppo_tbb_linattn", "ppo_tbb_glru", "ppo_tbb_mingru", "ppo_sbb_lstm"
+
+
+def ppo_table(results):
+    """One table of PPO with each memory."""
+    rows = [row | {"arm": name} for name in PPO for row in read_rows(results / name / "runs.csv")[0]]
+    links = ", ".join(csv_link(results / name / "runs.csv", name) for name in PPO)
+    first = "popgym-RepeatFirstEasy-v0"  # which all have been trained on
+    return f"Every run: {links}. {run_table(sorted(rows, key=lambda row: row['env_id'] != first), '')}"
 
 
 LEVELS = "Easy", "Medium", "Hard"
@@ -224,10 +271,8 @@ def board_table(rows, curve, published, source):
         row = {"environment": f"{cell['task']} {cell['level']}"}
         for arm in arms:
             greedy, best = cell["arms"].get(arm, ([], None))
-            row[arm] = f"{', '.join(f'{value:.2f}' for value in greedy)} ({best:.2f})" if greedy else ""
-        table.append(
-            row | {"published GRU, best": f"{float(cell['gru']):.2f}, {float(cell['best']):.2f}" if cell["gru"] else ""}
-        )
+            row[arm] = f"{each_seed(greedy)} ({number(best, 2)})" if greedy else ""
+        table.append(row | {"published GRU, best": each_seed((cell["gru"], cell["best"])) if cell["gru"] else ""})
     both = [cell for cell in cells if cell["gru"] and cell["ours"] is not None]
     gru, best = (sum(cell["ours"] >= float(cell[name]) - 0.005 for cell in both) for name in ("gru", "best"))
     short = [f"{cell['task']} {cell['level']}" for cell in both if cell["ours"] < float(cell["best"]) - 0.005]
@@ -254,12 +299,6 @@ def in_order(rows, name):
     return sorted(rows, key=lambda row: (lines.find(f"\n{row['arm']}:") % len(lines), natural(row["arm"]), int(row["seed"])))
 
 
-def each_text(values):
-    """Mean ± standard deviation, and every seed."""
-    mean = f"{np.mean(values):.2f}" + (f" ± {np.std(values):.2f}" if len(values) > 1 else "")
-    return f"{mean} ({', '.join(f'{value:.2f}' for value in values)})" if values else ""
-
-
 def sapg_table(rows, curve):
     """The leader's return of each arm at the end of training, greedily, and how soon; how far apart its policies are."""
     returns = {
@@ -277,15 +316,15 @@ def sapg_table(rows, curve):
         apart = []
         for name in ("coverage", "kl_between_policies", "effective_sample_size"):
             found = [m[f"sapg/{name}"] for m in metrics if f"sapg/{name}" in m]
-            apart.append(f"{np.mean(found):.2f}" if found else "-")
+            apart.append(number(np.mean(found), 2) if found else "-")
         table.append(
             {
                 "arm": arm,
-                "last tenth of training": each_text([late[row["key"]] for row in cell]),
-                "greedy": each_text([final_return(row) for row in cell]),
-                "80 % of the best from (million steps)": ", ".join("never" if s is None else f"{s / 1e6:.2f}" for s in soon),
+                "last tenth of training": with_seeds([late[row["key"]] for row in cell]),
+                "greedy": with_seeds([final_return(row) for row in cell]),
+                "80 % of the best from (million steps)": listed("never" if s is None else number(s / 1e6, 2) for s in soon),
                 "coverage, KL, ESS": ", ".join(apart),
-                "CPU s": f"{np.mean([float(row['cpu_seconds']) for row in cell]):.0f}",
+                "CPU s": number(np.mean([float(row["cpu_seconds"]) for row in cell]), 0),
             }
         )
     return f"{evaluation_text(rows)}\n\n{markdown(table, list(table[0]))}{trouble(rows)}"
@@ -295,31 +334,29 @@ def grid_table(folder):
     """The table of a grid, from its folder of CSV files."""
     rows, _ = read_rows(folder / "runs.csv")
     if folder.name.split("_")[0] == "sapg":
-        return sapg_table(in_order(rows, folder.name), read_rows(folder / "curves.csv")[0])
-    if folder.name == "popgym_board":
-        return board_table(rows, read_rows(folder / "curves.csv")[0], *read_rows(folder / "reference.csv"))
-    if folder.name == "race":
-        return race_table(rows)
-    if folder.name == "dqn_popgym":
-        return crossed_table(rows)
-    if folder.name == "popgym_easy":
+        table = sapg_table(in_order(rows, folder.name), read_rows(folder / "curves.csv")[0])
+    elif folder.name == "popgym_board":
+        table = board_table(rows, read_rows(folder / "curves.csv")[0], *read_rows(folder / "reference.csv"))
+    elif folder.name == "race":
+        table = race_table(rows)
+    elif folder.name == "dqn_popgym":
+        table = crossed_table(rows)
+    elif folder.name == "popgym_easy":
         path = folder / "reference.csv"
-        return reference_table(rows, *(read_rows(path) if path.exists() else ([], "")))
-    return run_table(rows, folder.name)
+        table = reference_table(rows, *(read_rows(path) if path.exists() else ([], "")))
+    else:
+        table = run_table(rows, folder.name)
+    return f"{csv_link(folder / 'runs.csv', 'every run')}: {table}"
 
 
-def measured_tables(results):
-    """{marker: table} of the files of benchmark/speed, which are named MACHINE/FILE, and of benchmark/probes."""
-    tables = {}
-    for path in [*sorted(results.glob("machines/*/*.csv")), *results.glob("memory_length/summary.csv")]:
-        rows, where = read_rows(path)
-        name = path.parent.name if path.stem == "summary" else f"{path.parent.name}/{path.stem}"
-        if path.stem == "update":  # every part of the parent's update, and of all others the whole and the parts that differ
-            most = [row for row in rows if row["script"] != "dqn_tbb_ffm" and row["what"] in ("update", "scan", "jax paper")]
-            tables[f"{name}_all"] = f"{where}\n\n{markdown(most, list(rows[0]))}" if most else where
-            rows = [row for row in rows if row["script"] == "dqn_tbb_ffm"]
-        tables[name] = f"{where}\n\n{markdown(rows, list(rows[0]))}" if rows else where
-    return tables
+def joined_tables(results):
+    """{marker: table} of the tables that put several grids together, as far as all of them are there."""
+
+    def there(grids):
+        return all((results / grid / "runs.csv").exists() for grid in grids)
+
+    tables = {"segments": segments_table(results)} if there(grid for grid, _ in TAPE_OR_SEGMENTS) else {}
+    return tables | ({"ppo": ppo_table(results)} if there(PPO) else {})
 
 
 def collect(root, runs, results, with_intervals=True):
@@ -379,7 +416,8 @@ def main():
     if not args.no_pictures:
         draw(results)
     tables = {path.parent.name: grid_table(path.parent) for path in sorted(results.glob("*/runs.csv"))}
-    tables |= measured_tables(results) | student_tables(results) | optimizer_tables(results) | in_context_tables(results)
+    tables |= joined_tables(results) | measured_tables(results)
+    tables |= student_tables(results) | optimizer_tables(results) | in_context_tables(results)
     fill(args.root, tables)
 
 

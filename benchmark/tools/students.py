@@ -9,7 +9,7 @@ import json
 import numpy as np
 from curves import begin, save
 from records import portable_command
-from tables import grouped, markdown, natural, read_rows, write_rows
+from tables import csv_link, each_seed, grouped, markdown, mean_and_spread, natural, number, read_rows, write_rows
 
 GRID = "bpd"
 SHARES = ("95", "97", "98")  # of weights dropped, in percent
@@ -52,13 +52,12 @@ def share_of(row):
     return f"{100 * float(value):.3g}" if kind == "sparsity" else ""
 
 
-def spread(values, digits=1):
-    text = f"{np.mean(values):.{digits}f}"
-    return f"{text} ± {np.std(values):.{digits}f}" if len(values) > 1 else text
-
-
 def each(rows, column, digits=1):
-    return ", ".join(f"{float(row[column]):.{digits}f}" for row in rows)
+    return each_seed([row[column] for row in rows], digits)
+
+
+def signed(value):
+    return ("+" if value >= 0 else "-") + number(abs(value), 1)
 
 
 def interval(differences):
@@ -67,7 +66,8 @@ def interval(differences):
     if n not in T:
         return "one pair" if n == 1 else ""
     half = T[n] * np.std(differences, ddof=1) / n**0.5
-    return f"{np.mean(differences):+.1f} ({np.mean(differences) - half:+.1f} to {np.mean(differences) + half:+.1f})"
+    mean = np.mean(differences)
+    return f"{signed(mean)} ({signed(mean - half)} to {signed(mean + half)})"
 
 
 def method_table(rows):
@@ -83,9 +83,9 @@ def method_table(rows):
             table.append(
                 {
                     "sparsity, method": f"{share} %, {arm}",
-                    "performance, mean ± sd": spread([float(row["performance"]) for row in cells[arm]]),
+                    "performance, mean ± sd": mean_and_spread([row["performance"] for row in cells[arm]], 1),
                     "each seed": each(cells[arm], "performance"),
-                    "error on held-out episodes": spread([float(row["heldout_error"]) for row in cells[arm]], 4),
+                    "error on held-out episodes": mean_and_spread([row["heldout_error"] for row in cells[arm]], 4),
                     "svd is ahead by": "" if arm == "svd" else interval(pairs),
                 }
             )
@@ -160,7 +160,9 @@ def student_tables(results):
     folder, tables = results / GRID, {}
     if (folder / "students.csv").exists():
         rows, _ = read_rows(folder / "students.csv")
-        tables[f"{GRID}_methods"] = f"{where(rows)}\n\n{method_table(rows)}"
+        tables[f"{GRID}_methods"] = (
+            f"{csv_link(folder / 'students.csv', 'every student')}: {where(rows)}\n\n{method_table(rows)}"
+        )
         tables[f"{GRID}_arms"] = arm_table(rows)
         tables[f"{GRID}_layers"] = layer_table(rows)
         tables[f"{GRID}_sweep"] = sweep_table(read_rows(folder / "sweep.csv")[0])

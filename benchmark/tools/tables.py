@@ -2,7 +2,9 @@
 
 import csv
 import io
+import math
 import re
+import statistics
 
 
 def natural(value):
@@ -36,14 +38,66 @@ def read_rows(path):
 
 
 def markdown(rows, columns):
-    """A table of dicts; a bar in a cell would start a cell."""
-    lines = [columns, ["---"] * len(columns), *([str(row[c]).replace("|", "\\|") for c in columns] for row in rows)]
+    """A table of dicts; what a row does not have is empty. A bar in a cell would start a cell."""
+    lines = [columns, ["---"] * len(columns), *([str(row.get(c, "")).replace("|", "\\|") for c in columns] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def number(value, decimals=None):
+    """A number as tables show it, with three digits at most: 0.0677, 1.5, 12,000.
+
+    `decimals`: in a column of like numbers, as many digits stand behind the point, or fewer if that would be more than three.
+    """
+    value = float(value)
+    if not math.isfinite(value):
+        return "-"
+    rounded = float(f"{value:.3g}")
+    if decimals is None and 0 < abs(rounded) < 1e-4:
+        return f"{value:.1e}"
+    places = 2 - math.floor(math.log10(abs(rounded))) if rounded else 2
+    if decimals is None:
+        text = f"{rounded:,.{max(0, places)}f}"
+        return text.rstrip("0").rstrip(".") if "." in text else text
+    rounded = rounded if places < 0 else round(value, min(places, decimals))
+    return f"{rounded + 0.0:,.{max(0, min(places, decimals))}f}"  # + 0.0: no "-0.00"
+
+
+def mean_and_spread(values, decimals=2):
+    """Mean ± standard deviation of the seeds, with three digits at most; the mean alone of one seed, and "" of none."""
+    values = [float(value) for value in values]
+    if not values:
+        return ""
+    mean = number(sum(values) / len(values), decimals)
+    places = len(mean.partition(".")[2])
+    return f"{mean} ± {statistics.pstdev(values):,.{places}f}" if len(values) > 1 else mean
+
+
+def each_seed(values, decimals=2):
+    """Every seed's number, in their order."""
+    return ", ".join(number(value, decimals) for value in values)
+
+
+def with_seeds(values, more=""):
+    """Mean ± standard deviation, and in brackets every seed, or how many there are if they look alike."""
+    texts = each_seed(values).split(", ")
+    seeds = f"{len(values)} seeds" if len(set(texts)) == 1 else ", ".join(texts)
+    about = "; ".join(text for text in (seeds if len(values) > 1 else "", more) if text)
+    return f"{mean_and_spread(values)} ({about})".strip() if about else mean_and_spread(values)
+
+
+def csv_link(path, text):
+    """A link to a file of benchmark/results. fill() makes it relative to the page."""
+    return f"[{text}](/benchmark/results/{path.as_posix().rpartition('/benchmark/results/')[2]})"
+
+
 def task_name(row):
-    """An environment and its arguments, as tables and pictures call it."""
+    """An environment and its arguments, as pictures call it."""
     return row["env_id"] + ("" if row["env_kwargs"] == "{}" else f" {row['env_kwargs']}")
+
+
+def short_name(row):
+    """The same for tables, without the prefix that most have in common."""
+    return task_name(row).removeprefix("popgym-")
 
 
 def grouped(rows, key):
@@ -62,6 +116,7 @@ def fill(root, tables):
             begin, end = f"<!-- results: {name} -->\n", "<!-- end results -->"
             if begin in text:
                 head, rest = text.split(begin, 1)
-                text = head + begin + table + "\n" + rest[rest.index(end) :]
+                table_here = table.replace("](/", "](" + "../" * len(page.relative_to(root).parts[:-1]))
+                text = head + begin + table_here + "\n" + rest[rest.index(end) :]
         if text != page.read_text():
             write(page, text)
