@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import zipfile
+from pathlib import Path
 
 import cloudpickle
 import gymnasium as gym
@@ -243,6 +244,8 @@ def save(path, content):
 def load(path, script, args):
     """What `save` left in a run's folder, on the CPU; its "args" are those flags that this version of the script knows.
 
+    Prints which flags it drops or adds, and whether the script is no longer the text that the run began with.
+
     Args:
         path: .../checkpoint.pt, which can run code as any pickle can, or .../model.pt, which cannot.
         script: the name that the file must have under "script".
@@ -269,6 +272,9 @@ def load(path, script, args):
         print(f"{path}: this version of {script} has no --{name.replace('_', '-')}; {flags.pop(name)} is dropped")
     for name in sorted(vars(args).keys() - flags.keys()):
         print(f"{path}: of a version of {script} without --{name.replace('_', '-')}, which is {getattr(args, name)} now")
+    began, now = Path(path).with_name(script), Path(getattr(sys.modules["__main__"], "__file__", ""))
+    if began.is_file() and now.is_file() and began.read_bytes() != now.read_bytes():
+        print(f"{script} has changed since this run began: `diff {began} {now}` shows how")
     return saved
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, load_script
-from scripts import fails, model, path_of, run, run_folder, scalars, start
+from scripts import assert_keeps_its_source, fails, model, path_of, run, run_folder, scalars, start
 
 SCRIPTS = "ad_ed ad_full ad_mingru ad_linattn ad_lru".split()
 MEMOROIDS = SCRIPTS[2:]
@@ -366,6 +366,7 @@ def test_a_run_logs_saves_and_evaluates(finished, script):
     again = run(folder, "--evaluate", run_folder(folder), script=script).splitlines()
     assert again == out[-len(again) :] and again[-1].startswith("evaluation: episodic_return=")
     assert not list(folder.glob("runs/*/*.partial"))
+    assert_keeps_its_source(run_folder(folder), script)
 
 
 @pytest.mark.parametrize("script", ["ad_ed", "ad_mingru"])

@@ -14,6 +14,7 @@ import torch
 from scripts import (
     ROOT,
     assert_equal_runs,
+    assert_keeps_its_source,
     fails,
     kill_and_resume,
     last_return,
@@ -330,6 +331,7 @@ def test_a_run_logs_saves_reports_and_evaluates(finished, script):
     assert {*cut["layers"]} == {"memory.E", "memory.B", "memory.R", "V"} and 0 <= cut["sparsity"] <= 100
     assert report["transitions"] == 6 * (20 if script == CONTINUOUS else 51)
     assert not list(folder.glob("runs/*/*.partial"))
+    assert_keeps_its_source(run_folder(folder), script)
 
 
 def test_equal_seeds_give_equal_runs_and_others_do_not(finished, teacher, tmp_path):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, load_script
-from scripts import run_folder, saved_state, scalars
+from scripts import assert_keeps_its_source, run_folder, saved_state, scalars
 
 envpool = pytest.importorskip("envpool", reason="pip install 'cleanrl-memoroid[envpool]'")
 
@@ -315,6 +315,7 @@ def test_a_run_logs_saves_and_evaluates(finished, tmp_path, capsys):
     main(SCRIPT, tmp_path, "--evaluate", run_folder(tmp_path), fake=True)
     assert capsys.readouterr().out.splitlines()[-1] == out[-1]
     assert not list(tmp_path.glob("runs/*/*.partial"))
+    assert_keeps_its_source(run_folder(tmp_path), SCRIPT)
 
 
 def test_a_resumed_run_goes_on_with_tape_and_weights_and_new_games(finished, tmp_path, capsys):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, load_script
-from scripts import last_return, run, run_folder, saved_state, scalars
+from scripts import assert_keeps_its_source, last_return, run, run_folder, saved_state, scalars
 
 envpool = pytest.importorskip("envpool")
 from test_envpool import fake_envpool, main  # noqa: E402  which needs envpool, too
@@ -112,6 +112,7 @@ def test_a_run_logs_saves_evaluates_and_resumes(tmp_path, capsys, script):
     assert script == ATARI or max(value for _, value in logged["charts/episodic_length"]) == 40
     main(script, tmp_path, "--evaluate", folder, fake=script == ATARI)
     assert capsys.readouterr().out.splitlines()[-1] == out[-1]
+    assert_keeps_its_source(folder, script)
 
     first = torch.load(folder / "model.pt", weights_only=True)["agent"]
     space = main(script, tmp_path, "--resume", folder, "--no-anneal-lr", "--learning-rate", "0", fake=script == ATARI)
@@ -274,6 +275,7 @@ def test_processes_of_torchrun_learn_as_one(tmp_path):
         torch.testing.assert_close(one, expected, rtol=1e-4, atol=1e-6)
     ours, theirs = (scalars(next(tmp_path.glob(f"runs/*__{script}__*"))) for script in (MULTIGPU, ATARI))
     assert ours.keys() == theirs.keys() == set(METRICS.split()) and len(ours["losses/value_loss"]) == 2
+    assert_keeps_its_source(next(tmp_path.glob(f"runs/*__{MULTIGPU}__*")), tmp_path / f"{MULTIGPU}.py")
 
 
 @pytest.mark.slow

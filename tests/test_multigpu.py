@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from scripts import HELPERS, ROOT, fails, last_return, model, run, run_folder, scalars
+from scripts import HELPERS, ROOT, assert_keeps_its_source, fails, last_return, model, run, run_folder, scalars
 
 SCRIPT = "ppo_tbb_lru_multigpu"
 FEW = """--num-envs 4 --num-steps 16 --num-minibatches 1 --update-epochs 2 --total-timesteps 512 --hidden-size 16
@@ -61,6 +61,7 @@ def test_two_processes_learn_as_one_on_the_joined_tape(tmp_path):
         torch.testing.assert_close(one, expected, rtol=1e-4, atol=1e-6)
     ours, theirs = (scalars(next(tmp_path.glob(f"runs/*__{script}__*"))) for script in (SCRIPT, "ppo_tbb_lru"))
     assert ours.keys() == theirs.keys() and len(ours["losses/value_loss"]) == 8
+    assert_keeps_its_source(next(tmp_path.glob(f"runs/*__{SCRIPT}__*")), tmp_path / f"{SCRIPT}.py")
     assert "episodic_return" in run(tmp_path, "--evaluate", next(tmp_path.glob(f"runs/*__{SCRIPT}__*")), script=SCRIPT)
 
 

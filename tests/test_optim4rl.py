@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from scripts import fails, load_script, run, run_folder, scalars
+from scripts import assert_keeps_its_source, fails, load_script, run, run_folder, scalars
 
 SCRIPTS = ["optim4rl", "optim4rl_lru"]
 optim4rl = load_script("optim4rl")
@@ -327,6 +327,7 @@ def test_a_run_logs_saves_tests_and_repeats(tmp_path, script):
         line for line in run(tmp_path, "--evaluate", run_folder(tmp_path / "two"), script=script).splitlines()
     ]
     assert not list(tmp_path.glob("*/runs/*/*.partial"))
+    assert_keeps_its_source(run_folder(tmp_path / "alone"), script)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from scripts import (
     assert_equal_runs,
+    assert_keeps_its_source,
     fails,
     in_place_of_main,
     kill_and_resume,
@@ -25,6 +26,7 @@ from scripts import (
     run_folder,
     saved_state,
     scalars,
+    source_texts,
     start,
 )
 
@@ -118,6 +120,21 @@ def test_a_run_logs_saves_and_evaluates(finished, script):
         folder, "--evaluate", run_folder(folder), "--eval-episodes", episodes - 1, script=script
     )
     assert not list(folder.glob("runs/*/*.partial"))
+    assert_keeps_its_source(run_folder(folder), script)
+
+
+def test_a_script_that_changed_meanwhile_is_told_from_the_one_that_began_the_run(finished, tmp_path):
+    """The folder keeps the text that the run began with; the events have both."""
+    script, changed = "dqn_tbb_ffm", tmp_path / "dqn_tbb_ffm.py"
+    shutil.copytree(finished(script)[0] / "runs", tmp_path / "runs")
+    (source,) = source_texts(run_folder(tmp_path))
+    changed.write_text(source + "# changed\n")
+    kept = run_folder(tmp_path) / changed.name
+    told = f"{script}.py has changed since this run began: `diff {kept} {changed}` shows how"
+    for flag in ("--resume", "--evaluate"):
+        assert run(tmp_path, flag, run_folder(tmp_path), script=changed).splitlines()[0] == told
+        assert "has changed" not in run(tmp_path, flag, run_folder(tmp_path), script=script)
+    assert kept.read_text() == source and source_texts(run_folder(tmp_path)) == [source, source + "# changed\n", source]
 
 
 @every_family

@@ -110,6 +110,20 @@ def scalars(folder):
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"] if tag != "charts/SPS"}
 
 
+def source_texts(folder):
+    """The scripts that a run's events hold, one from each start."""
+    events = EventAccumulator(str(folder)).Reload()
+    texts = [event.tensor_proto.string_val[0].decode() for event in events.Tensors("source/text_summary")]
+    return [text.removeprefix("```python\n").removesuffix("```") for text in texts]
+
+
+def assert_keeps_its_source(folder, script):
+    """In the run's folder and in its events."""
+    source = path_of(script).read_text(encoding="utf-8")
+    assert (folder / path_of(script).name).read_text(encoding="utf-8") == source
+    assert source_texts(folder) == [source]
+
+
 def last_return(out):
     return float(out.rsplit("evaluation: episodic_return=", 1)[1].split(",")[0])
 
