@@ -79,6 +79,7 @@ class Args:
     anneal_lr: bool = True  # if toggled, the learning rate falls linearly to zero
     num_envs: int = 8  # the number of parallel environments
     buffer_size: int = 250_000  # the capacity of the tape; a game of L transitions takes L + 1 rows, its frames (rows)
+    tape_device: str | None = None  # where the tape of whole games lies: cpu or cuda; without the flag, with the network
     gamma: float = 0.99  # the discount factor gamma
     tau: float = 0.01  # the target network moves this share of the way to the Q network at each update
     batch_size: int = 500  # a tape is filled with whole episodes until it holds this many transitions (transitions)
@@ -271,8 +272,9 @@ class FrameTape:
     A frame arrives with every step, and is there once, in bytes. If there is no room, the oldest whole episodes are forgotten.
     """
 
-    def __init__(self, buffer_size, num_envs, episodes):
-        self.buffer_size, self.episodes = buffer_size, episodes  # whole ones, oldest first
+    def __init__(self, buffer_size, num_envs, episodes, device="cpu"):
+        self.buffer_size, self.episodes, self.device = buffer_size, episodes, device  # whole ones, oldest first
+        episodes[:] = (Tape(*(column.to(device) for column in episode)) for episode in episodes)  # a checkpoint's, elsewhere
         self.running = [[] for _ in range(num_envs)]  # rows of (obs, action, reward)
         self.rows = sum(len(episode.obs) for episode in episodes)
 
@@ -297,7 +299,7 @@ class FrameTape:
         row, steps, self.running[i] = np.arange(len(obs) + 1), len(obs), []
         actions, rewards = np.append(actions, 0), np.append(rewards, 0).astype(np.float32)
         columns = np.stack([*obs, final_obs]), row == 0, actions, rewards, (row == steps - 1) & terminated, row == steps
-        self.episodes.append(Tape(*map(torch.from_numpy, columns)))
+        self.episodes.append(Tape(*(torch.from_numpy(column).to(self.device) for column in columns)))
 
     def sample(self, batch_size, rng, device="cpu"):
         """Draws whole episodes, uniformly, with replacement, until their tape holds `batch_size` transitions or more."""
@@ -307,7 +309,7 @@ class FrameTape:
                 drawn.append(self.episodes[i])
                 transitions += len(drawn[-1].obs) - 1
         # rows of zeros round the length up, as episodes without a step: oneDNN takes 10 ms to prepare for every new length
-        ones = torch.ones(-(transitions + len(drawn)) % 32, dtype=torch.bool)
+        ones = drawn[0].begins.new_ones(-(transitions + len(drawn)) % 32)
         zeros = Tape(*(column.new_zeros(len(ones), *column.shape[1:]) for column in drawn[0]))
         drawn.append(zeros._replace(begins=ones, final=ones))
         return Tape(*(torch.cat(column).to(device) for column in zip(*drawn)))
@@ -409,6 +411,8 @@ if __name__ == "__main__":
         raise ValueError(f"--buffer-size: expected at least {least}, got {args.buffer_size}; {remedy}")
     if args.cuda and not torch.cuda.is_available():
         raise ValueError("--cuda: expected a CUDA device, PyTorch finds none; drop the flag, or resume with --no-cuda")
+    if args.tape_device not in (None, "cpu", *["cuda"] * args.cuda):
+        raise ValueError(f"--tape-device: expected cpu, or with --cuda cuda, got {args.tape_device}; leave it out")
     torch.set_num_threads(int(os.getenv("OMP_NUM_THREADS", 1)))  # more are slower, unless networks are large and cores idle
     tune_cpu()
     # TRY NOT TO MODIFY: seeding
@@ -416,7 +420,8 @@ if __name__ == "__main__":
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda else "cpu")
     # env setup
-    options = {"max_episode_steps": args.max_episode_steps, "episodic_life": args.episodic_life} | args.env_kwargs
+    options = {"max_episode_steps": args.max_episode_steps, "episodic_life": args.episodic_life}
+    options |= {"num_threads": 0 if args.cuda else 1} | args.env_kwargs  # 0: as many as there are games or cores
     # TBB: in the step that ends an episode, next_obs is already the first one of the next episode; infos has the final one
     envs, eval_envs = (make_env(args.env_id, number, options) for number in (args.num_envs, args.eval_episodes))
 
@@ -452,7 +457,7 @@ if __name__ == "__main__":
     state = "q_network target_network optimizer episodes rng global_step update".split()
     if saved:
         globals().update(saved["state"])
-    tape_buffer = FrameTape(args.buffer_size, args.num_envs, episodes)
+    tape_buffer = FrameTape(args.buffer_size, args.num_envs, episodes, args.tape_device or device)
     print(f"games run in C++ and cannot be saved: {'new ones begin' if saved else '--resume will begin new ones'}")
     obs, _ = envs.reset(seed=int(rng.integers(2**31)) if saved else args.seed)  # a resumed run does not repeat its games
     begins = np.ones(args.num_envs, bool)  # is obs[i] the first of its episode?

@@ -452,7 +452,8 @@ if __name__ == "__main__":
     device = torch.device("cuda" if args.cuda else "cpu")
     # env setup
     # TBB: in the step that ends an episode, next_obs is already the first one of the next episode; infos has the final one
-    envs, eval_envs = (make_env(args.env_id, number, args.env_kwargs) for number in (args.num_envs, args.eval_episodes))
+    options = {"num_threads": 0 if args.cuda else 1} | args.env_kwargs  # 0: as many as there are environments or cores
+    envs, eval_envs = (make_env(args.env_id, number, options) for number in (args.num_envs, args.eval_episodes))
     agent = Agent(envs, args).to(device)
     if saved:
         saved = torch.load(path, map_location=device, weights_only=not args.resume) if args.cuda else saved
@@ -491,8 +492,9 @@ if __name__ == "__main__":
     obs, begins = np.zeros((args.num_steps, *next_obs.shape), np.uint8), np.zeros((args.num_steps, args.num_envs), bool)
     carried_tape = CarriedTape(obs, recurrent_state)
     # ALGO Logic: Storage setup
-    logprobs, rewards, values, bootstraps = torch.zeros(4, args.num_steps, args.num_envs, device=device)
-    actions, ended = (torch.zeros(args.num_steps, args.num_envs, dtype=d, device=device) for d in (torch.int64, torch.bool))
+    logprobs, values, bootstraps = torch.zeros(3, args.num_steps, args.num_envs, device=device)
+    actions = torch.zeros(args.num_steps, args.num_envs, dtype=torch.int64, device=device)
+    gains, ends = np.zeros(begins.shape, np.float32), np.zeros(begins.shape, bool)  # rewards, ends; moved once a rollout
     start_time, start_step, recent_returns = time.time(), global_step, deque(maxlen=100)
     scan = "cleanrl_memoroid's scan" if linear_scan else "this file's own scan (faster with `pip install` of cleanrl-memoroid)"
     print(f"{args.exp_name}: {args.env_id}, {args.total_timesteps:,} steps in {args.num_envs} environments, {device}, {scan}")
@@ -508,13 +510,14 @@ if __name__ == "__main__":
             sys.exit(128 + stop[0])
         anneal = 1 - (iteration - 1) / num_iterations if args.anneal_lr else 1
         optimizer.param_groups[0]["lr"] = anneal * args.learning_rate
+        noise = rng.gumbel(size=(*begins.shape, envs.single_action_space.n)).astype(np.float32)
+        noise = torch.from_numpy(noise).to(device)  # of all steps at once: every transfer to a device waits for it
         for step in range(args.num_steps):
             global_step += args.num_envs
             obs[step], begins[step] = next_obs, next_begins
             # ALGO LOGIC: action logic
             policy, values[step], recurrent_state = agent.step(next_obs, next_begins, recurrent_state)
-            noise = torch.from_numpy(rng.gumbel(size=policy.shape).astype(np.float32)).to(device)
-            actions[step] = (policy + noise).argmax(-1)  # a draw from the policy, by the Gumbel-max trick
+            actions[step] = (policy + noise[step]).argmax(-1)  # a draw from the policy, by the Gumbel-max trick
             logprobs[step] = policy.gather(-1, actions[step, :, None]).squeeze(-1)
             # TRY NOT TO MODIFY: execute the game and log data.
             next_obs, reward, terminations, truncations, infos = envs.step(actions[step].cpu().numpy())
@@ -523,7 +526,7 @@ if __name__ == "__main__":
             return_rms.update(discounted)
             discounted[next_begins] = 0
             scale = np.sqrt(return_rms.var + 1e-8) if args.norm_reward else 1.0
-            rewards[step], ended[step] = torch.as_tensor(reward / scale), torch.as_tensor(next_begins)
+            gains[step], ends[step] = reward / scale, next_begins
             # TBB: an episode cut off by a time limit is worth what its final observation is, remembering all before it
             bootstraps[step] = 0
             if (cut_off := truncations & ~terminations & (not args.truncation_is_terminal)).any():
@@ -538,6 +541,7 @@ if __name__ == "__main__":
         tape_rows = sum(map(len, carried_tape.begins))
         # bootstrap value if not done
         _, next_value, _ = agent.step(next_obs, next_begins, recurrent_state)
+        rewards, ended = (torch.from_numpy(v).to(device) for v in (gains, ends))
         next_values = torch.where(ended, bootstraps, torch.cat([values[1:], next_value[None]]))
         advantages = gae(rewards, values, next_values, ended, args.gamma, args.gae_lambda)
         # TBB: order the batch by environment, [S, N] -> [N, S], so that the steps of each stay in order
@@ -554,9 +558,9 @@ if __name__ == "__main__":
                 with torch.no_grad():  # calculate approx_kl http://joschu.net/blog/kl-approx.html
                     old_approx_kl = (-logratio).mean()
                     approx_kl = ((ratio - 1) - logratio).mean()
-                    clipfracs += [((ratio - 1.0).abs() > args.clip_coef).float().mean().item()]
+                    clipfracs += [((ratio - 1.0).abs() > args.clip_coef).float().mean()]
                     if logprob_error is None:  # TBB: before the first update, the tape and the rollout must be one policy
-                        logprob_error = logratio.abs().max().item()
+                        logprob_error = logratio.abs().max()
                 if args.norm_adv and len(mb_advantages) > 1:
                     mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
 
@@ -592,6 +596,7 @@ if __name__ == "__main__":
         writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], global_step)
         writer.add_scalar("charts/prefix_share", 1 - batch_size / tape_rows, global_step)
         losses = {"value_loss": v_loss, "policy_loss": pg_loss, "entropy": entropy_loss, "old_approx_kl": old_approx_kl}
+        clipfracs = torch.stack(clipfracs).tolist()  # one wait for the device, not one in each minibatch
         losses |= {"approx_kl": approx_kl, "clipfrac": np.mean(clipfracs), "explained_variance": explained_var}
         for name, value in {**losses, "grad_norm": grad_norm, "logprob_error": logprob_error}.items():
             writer.add_scalar(f"losses/{name}", value, global_step)

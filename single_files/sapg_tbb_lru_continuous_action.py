@@ -606,7 +606,7 @@ if __name__ == "__main__":
     next_obs, _ = envs.reset(seed=args.seed)
     next_begins = np.ones(args.num_envs, bool)  # is next_obs[i] the first of its episode?
     obs = torch.zeros(args.num_steps, *next_obs.shape, device=device)
-    begins, ended, cut_off = torch.zeros(3, args.num_steps, args.num_envs, dtype=torch.bool, device=device)
+    begins = torch.zeros(args.num_steps, args.num_envs, dtype=torch.bool, device=device)
     state_before = torch.zeros(args.num_envs, args.state_size, dtype=torch.complex64, device=device)
     carried_tape = CarriedColumns(obs, begins, state_before)
     episodic_return, episodic_length, discounted = np.zeros((3, args.num_envs))
@@ -631,7 +631,8 @@ if __name__ == "__main__":
             carried_tape = CarriedColumns(obs, begins, state_before)
     # ALGO Logic: Storage setup
     final_obs, block = torch.zeros_like(obs), args.num_envs // args.num_policies
-    rewards = torch.zeros(args.num_steps, args.num_envs, device=device)
+    gains = np.zeros((args.num_steps, args.num_envs), np.float32)  # it and these are moved once a rollout
+    ends, cuts = np.zeros((2, args.num_steps, args.num_envs), bool)
     all_columns = torch.arange(args.num_envs, device=device)
     ids = all_columns // block  # the policy that acts in each environment
     ent_coefs = args.ent_coef + args.entropy_scale * torch.arange(args.num_policies, device=device)  # SAPG: the ladder
@@ -653,14 +654,15 @@ if __name__ == "__main__":
             group["lr"] = factor * anneal * args.learning_rate
         state_before = recurrent_state = carried_tape.read(agent, all_columns, ids)
         acted, returns_of = [], [[] for _ in range(args.num_policies)]  # [S] of tuples; returns of each block's episodes
+        noise = rng.standard_normal((args.num_steps, 1, args.num_envs, agent.log_std.shape[-1]), np.float32)
+        noise = torch.from_numpy(noise).to(device)  # of all steps at once: every transfer to a device waits for it
         for step in range(args.num_steps):
             global_step += args.num_envs
             obs[step], begins[step] = torch.as_tensor(np.asarray(next_obs, np.float32)), torch.as_tensor(next_begins)
             # ALGO LOGIC: action logic
             with torch.no_grad():
                 policy, value, states = agent(obs[step, None], begins[step, None], recurrent_state, ids)
-            noise = torch.from_numpy(rng.standard_normal(policy[0].shape, np.float32)).to(device)
-            action = policy[0] + policy[1].exp() * noise
+            action = policy[0] + policy[1].exp() * noise[step]
             acted.append((action, log_prob(policy, action), value, states))
             recurrent_state = states[-1]
             # TRY NOT TO MODIFY: execute the game and log data.
@@ -676,14 +678,12 @@ if __name__ == "__main__":
             return_rms.update(discounted)
             discounted[next_begins] = 0
             scale = np.sqrt(return_rms.var + 1e-8) if args.norm_reward else 1.0
-            rewards[step], ended[step] = torch.as_tensor(reward / scale), torch.as_tensor(next_begins)
+            gains[step], ends[step] = reward / scale, next_begins
             # TBB: an episode cut off by a time limit is worth what its final observation is, remembering all before it
-            over = truncations & ~terminations & (not args.truncation_is_terminal)
-            cut_off[step] = torch.as_tensor(over)
+            over = cuts[step] = truncations & ~terminations & (not args.truncation_is_terminal)
             if over.any():
-                final_obs[step, cut_off[step]] = torch.as_tensor(np.stack(infos["final_obs"][over]).astype(np.float32)).to(
-                    device
-                )
+                final = np.stack(infos["final_obs"][over]).astype(np.float32)
+                final_obs[step, over] = torch.from_numpy(final).to(device)
             episodic_return, episodic_length = episodic_return + reward, episodic_length + 1
             for i in np.flatnonzero(next_begins):
                 returns_of[i // block].append(episodic_return[i])
@@ -695,6 +695,7 @@ if __name__ == "__main__":
         actions, logprobs, values, states = (torch.cat(v) for v in zip(*acted))
         # bootstrap value if not done
         after = [torch.as_tensor(v).to(device) for v in (np.asarray(next_obs, np.float32), next_begins)]
+        rewards, ended, cut_off = (torch.from_numpy(v).to(device) for v in (gains, ends, cuts))
         rollout = *after, ended, cut_off, final_obs
         next_values = values_of_next(agent, rollout, values, states, all_columns, ids)
         how = (gae, args.gae_lambda) if args.target == "gae" else (n_step, 3)
@@ -742,7 +743,7 @@ if __name__ == "__main__":
                     outside = ((logratio.exp() - 1.0).abs() > args.clip_coef).float()
                     clipped.append((outside[:, own[mb]].mean(), outside[:, ~own[mb]].mean()))
                     if logprob_error is None:  # TBB: before the first update, the tape and the rollout must be one policy
-                        logprob_error = logratio.abs().max().item()
+                        logprob_error = logratio.abs().max()
 
                 pg_loss = policy_loss(newlogprob, mb_old, mb_acted, mb_advantages, args.clip_coef, args.importance).mean()
                 v_loss = 0.5 * ((newvalue - mb_returns) ** 2).mean()

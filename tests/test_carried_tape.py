@@ -280,8 +280,8 @@ def test_actions_are_drawn_with_the_probabilities_of_the_policy():
     agent, draws = make("ppo_tbb_ffm", gym.spaces.MultiDiscrete([5, 2])), 100_000
     agent.actor.weight.mul_(10)
     policy, _ = agent.heads(torch.randn(1, 8).expand(draws, -1))
-    rng, device = np.random.default_rng(0), torch.device("cpu")
-    _, action = training_loop(script_of(agent), "noise", "action", policy=policy, rng=rng, device=device)
+    variables = {"agent": agent, "begins": np.zeros((1, draws)), "step": 0, "rng": np.random.default_rng(0), "device": "cpu"}
+    *_, action = training_loop(script_of(agent), "noise", "noise", "action", policy=policy, **variables)
     assert action.shape == (draws, 2)
     probability = policy[0, 0].exp()[:, None] * policy[0, 1].exp()  # of the pairs; the second part has two choices of five
     counts = torch.bincount(action[:, 0] * 5 + action[:, 1], minlength=25).view(5, 5)
@@ -307,7 +307,8 @@ def test_a_gaussian_policy_is_that_of_torch():
         torch.testing.assert_close(*grads)
     with torch.no_grad():
         many = mean[:1].expand(100_000, -1), logstd[:1].expand(100_000, -1)
-        _, action = training_loop(script, "noise", "action", policy=many, rng=np.random.default_rng(0), device="cpu")
+        variables = {"agent": agent, "begins": np.zeros((1, 100_000)), "step": 0, "rng": np.random.default_rng(0)}
+        *_, action = training_loop(script, "noise", "noise", "action", policy=many, device="cpu", **variables)
         assert action.dtype == torch.float32
         torch.testing.assert_close(action.mean(0), mean[0], rtol=0, atol=0.03)
         torch.testing.assert_close(action.std(0), logstd[0].exp(), rtol=0.02, atol=0)

@@ -1,7 +1,5 @@
 """The PPO scripts on envpool: what reaches the tape, runs from the shell, and several processes that learn as one."""
 
-import os
-import subprocess
 import sys
 import time
 
@@ -9,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, load_script
-from scripts import assert_keeps_its_source, last_return, run, run_folder, saved_state, scalars
+from processes import finish, spied, torchrun
+from scripts import HELPERS, assert_keeps_its_source, last_return, run, run_folder, saved_state, scalars
 
 envpool = pytest.importorskip("envpool")
 from test_envpool import fake_envpool, main  # noqa: E402  which needs envpool, too
@@ -205,37 +204,14 @@ FEW = "--num-envs 4 --num-steps 16 --num-minibatches 1 --update-epochs 2 --total
 FEW += "--hidden-size 16 --state-size 4 --eval-episodes 2 --max-grad-norm 1000000 --episodic-life".split()
 
 
-def spied(folder, script, who):
-    """A copy that takes the likeliest actions, and leaves the gradient of its first update and what it has at the end."""
-    text = (ROOT / "single_files" / f"{script}.py").read_text()
-    gradient = "                grad_norm = nn.utils"
-    saved = f'torch.save([p.grad for p in agent.parameters() if p.grad is not None], f"gradient_{who}_{{len(clipfracs)}}.pt")'
-    for old, new in {
-        "(policy + noise).argmax(-1)": "policy.argmax(-1)",
-        gradient: f"                if global_step == batch_size:\n                    {saved}\n{gradient}",
-        "    bar.close()\n": f'    torch.save([agent.state_dict(), obs, rng.random()], f"last_{who}.pt")\n    bar.close()\n',
-    }.items():
-        assert text.count(old) == 1
-        text = text.replace(old, new)
-    path = folder / f"{script}.py"
-    path.write_text(text)
-    return path
-
-
-def start_torchrun(folder, script, *flags):
+def start(folder, script, *flags):
     """Two processes, on games that a test knows."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, *flags]
-    path = os.pathsep.join(map(str, (ROOT / "tests" / "helpers" / "fake_envpool", ROOT)))
-    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(list(map(str, command)), cwd=folder, env=env, **pipes)
+    return torchrun(folder, script, *flags, paths=(HELPERS / "fake_envpool",))
 
 
-def torchrun(folder, *flags):
+def two(folder, *flags):
     """What two processes print, whose weights are equal at the end. -> and what each of them has then"""
-    process = start_torchrun(folder, spied(folder, MULTIGPU, "{rank}"), *flags)
-    out, err = process.communicate()
-    assert process.returncode == 0, err
+    out = finish(start(folder, spied(folder, MULTIGPU, "{rank}"), *flags))
     one, other = (torch.load(folder / f"last_{rank}.pt", weights_only=False) for rank in (0, 1))
     assert all(torch.equal(tensor, other[0][name]) for name, tensor in one[0].items())
     assert one[1].shape == (16, 2, 48, 48) and not np.array_equal(one[1], other[1]) and one[2] != other[2]
@@ -245,7 +221,7 @@ def torchrun(folder, *flags):
 def test_processes_of_torchrun_stop_together_and_save(tmp_path):
     path = ROOT / "single_files" / f"{MULTIGPU}.py"
     flags = [*FEW, "--total-timesteps", 10**6, "--checkpoint-interval", 64]
-    process = start_torchrun(tmp_path, path, *flags)
+    process = start(tmp_path, path, *flags)
     while not list(tmp_path.glob("runs/*/checkpoint.pt")) and process.poll() is None:
         time.sleep(0.1)
     time.sleep(1)
@@ -254,14 +230,14 @@ def test_processes_of_torchrun_stop_together_and_save(tmp_path):
     assert out.count("; --resume runs/") == 1 and "stopped" in out, err
     step = saved_state(tmp_path, MULTIGPU)["global_step"]
     assert f"goes on from step {step:,}" in out
-    process = start_torchrun(tmp_path, path, "--resume", run_folder(tmp_path), "--total-timesteps", step + 128)
+    process = start(tmp_path, path, "--resume", run_folder(tmp_path), "--total-timesteps", step + 128)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0 and "evaluation" in out, err
 
 
 def test_processes_of_torchrun_learn_as_one(tmp_path):
     """Two with half of the games each, beside one process with all: one gradient, and one writer."""
-    out, one, other = torchrun(tmp_path, *FEW)
+    out, one, other = two(tmp_path, *FEW)
     assert out.count("trained for 128 steps") == out.count("evaluation: ") == 1 and "warning" not in out
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "envpool", fake_envpool())
@@ -280,8 +256,8 @@ def test_processes_of_torchrun_learn_as_one(tmp_path):
 
 @pytest.mark.slow
 def test_processes_of_torchrun_resume(tmp_path):
-    torchrun(tmp_path, *FEW)
-    out, _, _ = torchrun(tmp_path, "--resume", run_folder(tmp_path), "--total-timesteps", "192")
+    two(tmp_path, *FEW)
+    out, _, _ = two(tmp_path, "--resume", run_folder(tmp_path), "--total-timesteps", "192")
     assert out.count("trained for 192 steps") == 1 and len(scalars(run_folder(tmp_path))["losses/value_loss"]) == 3
 
 

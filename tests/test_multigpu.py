@@ -1,57 +1,26 @@
 """ppo_tbb_lru_multigpu.py under torchrun: two processes learn as one, write once, stop together and go on exactly."""
 
 import os
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 import torch
-from scripts import HELPERS, ROOT, assert_keeps_its_source, fails, last_return, model, run, run_folder, scalars
+from processes import finish, spied, torchrun
+from scripts import ROOT, assert_keeps_its_source, fails, last_return, model, run, run_folder, scalars
 
 SCRIPT = "ppo_tbb_lru_multigpu"
 FEW = """--num-envs 4 --num-steps 16 --num-minibatches 1 --update-epochs 2 --total-timesteps 512 --hidden-size 16
     --state-size 4 --eval-episodes 2 --max-grad-norm 1000000 --checkpoint-interval 64""".split()
 
 
-def spied(folder, script, who):
-    """A copy that takes the likeliest actions, and leaves the gradient of its first update and what it has at the end."""
-    text = (ROOT / "single_files" / f"{script}.py").read_text()
-    gradient = "                grad_norm = nn.utils"
-    saved = f'torch.save([p.grad for p in agent.parameters() if p.grad is not None], f"gradient_{who}_{{len(clipfracs)}}.pt")'
-    for old, new in {
-        "(policy + noise).argmax(-1)": "policy.argmax(-1)",
-        gradient: f"                if global_step == 4 * batch_size:\n                    {saved}\n{gradient}",
-        "    bar.close()\n": f'    torch.save([agent.state_dict(), obs, rng.random()], f"last_{who}.pt")\n    bar.close()\n',
-    }.items():
-        assert text.count(old) == 1
-        text = text.replace(old, new)
-    path = folder / f"{script}.py"
-    path.write_text(text)
-    return path
-
-
-def torchrun(folder, script, *flags, processes=2):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, script, *flags]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (HELPERS, ROOT))), "OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-    return subprocess.Popen(list(map(str, command)), cwd=folder, env=env, **pipes)
-
-
-def finish(process):
-    out, err = process.communicate(timeout=240)
-    assert process.returncode == 0, err
-    return out
-
-
 def test_two_processes_learn_as_one_on_the_joined_tape(tmp_path):
     """Each with half of the environments, beside one process with all: one gradient, one writer, equal weights."""
-    out = finish(torchrun(tmp_path, spied(tmp_path, SCRIPT, "{rank}"), *FEW))
+    out = finish(torchrun(tmp_path, spied(tmp_path, SCRIPT, "{rank}", update=4), *FEW))
     assert out.count("trained for 512 steps") == out.count("evaluation: ") == 1 and "warning" not in out
     one, other = (torch.load(tmp_path / f"last_{rank}.pt", weights_only=False) for rank in (0, 1))
     assert all(torch.equal(tensor, other[0][name]) for name, tensor in one[0].items()) and one[2] != other[2]
-    run(tmp_path, *FEW, script=spied(tmp_path, "ppo_tbb_lru", "whole"))
+    run(tmp_path, *FEW, script=spied(tmp_path, "ppo_tbb_lru", "whole", update=4))
     whole = torch.load(tmp_path / "last_whole.pt", weights_only=False)
     np.testing.assert_array_equal(np.concatenate([one[1], other[1]], 1), whole[1])  # the same episodes, of equal seeds
     whole, ours, theirs = (torch.load(tmp_path / f"gradient_{who}_1.pt") for who in ("whole", 0, 1))
