@@ -78,3 +78,11 @@ def test_another_script_s_file_and_a_network_that_does_not_fit_are_refused(tmp_p
     shutil.copy(folder / "model.pt", folder / "checkpoint.pt")
     (folder / "checkpoint.pt").write_bytes((folder / "model.pt").read_bytes()[:1000])
     assert "cannot be read" in raises(script, tmp_path, "--resume", folder)
+
+
+def test_the_tape_lies_on_a_device_that_is_there(tmp_path):
+    for device in ("cuda", "card"):
+        assert f"--tape-device: expected cpu, or with --cuda cuda, got {device}; leave it out" in raises(
+            DQN, tmp_path, "--tape-device", device
+        )
+    assert not list(tmp_path.iterdir())

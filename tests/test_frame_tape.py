@@ -181,3 +181,19 @@ def test_pieces_beyond_kept_rows_are_not_kept(atari, monkeypatch):
             network(atari)(frames, begins)
         held[kept_rows] = sum(sizes.values())
     assert held[600] > 4 * 600 * 52 * 52 and held[599] < 600 * (52 * 52 + 1_000)  # floats; bytes, and the memory's results
+
+
+def test_the_tape_lies_on_its_device(atari):
+    """On "meta", a device that every machine has: nothing of a whole episode stays elsewhere, nor of a checkpoint's."""
+    played = Played(atari, 100, 2, seed=0)
+    for _ in range(40):
+        played.step()
+    tape = atari.FrameTape(100, 2, played.tape.episodes, "meta")
+    assert tape.episodes is played.tape.episodes  # the list that a checkpoint holds
+    tape.add(np.zeros((2, 2, 2), np.uint8), np.zeros(2, int), np.zeros(2))
+    tape.finish(0, np.zeros((2, 2), np.uint8), True)
+    for episode in [*tape.episodes, tape.sample(20, np.random.default_rng(0), "meta")]:
+        assert {column.device.type for column in episode} == {"meta"}
+    assert len(tape.episodes) > 3 and {column.dtype for column in tape.episodes[-1]} == {
+        column.dtype for column in tape.episodes[0]
+    }
