@@ -70,50 +70,44 @@ def interval(differences):
     return f"{signed(mean)} ({signed(mean - half)} to {signed(mean + half)})"
 
 
+def cells_of(rows):
+    """{arm: {share: rows}} of the cuts to a given share, the full method first."""
+    arms = grouped([row for row in rows if share_of(row) in SHARES], lambda row: row["arm"])
+    return {arm: grouped(arms[arm], share_of) for arm in sorted(arms, key=lambda name: (name != "svd", name.lower()))}
+
+
 def method_table(rows):
-    """Methods at equal sparsity: a row per share and method."""
+    """Performance at equal sparsity: a row per arm, a column per share; the mean, and each seed in brackets."""
     table = []
-    for share in SHARES:
-        # a dense student that is cut at once is lost: the CSV file shows it
-        compared = [row for row in rows if share_of(row) == share and row["arm"] != "dense"]
-        cells = grouped(compared, lambda row: row["arm"])
-        ours = {row["seed"]: float(row["performance"]) for row in cells.get("svd", [])}
-        for arm in sorted(cells, key=lambda name: (name != "svd", name)):
-            pairs = [ours[row["seed"]] - float(row["performance"]) for row in cells[arm] if row["seed"] in ours]
-            table.append(
-                {
-                    "sparsity, method": f"{share} %, {arm}",
-                    "performance, mean ± sd": mean_and_spread([row["performance"] for row in cells[arm]], 1),
-                    "each seed": each(cells[arm], "performance"),
-                    "error on held-out episodes": mean_and_spread([row["heldout_error"] for row in cells[arm]], 4),
-                    "svd is ahead by": "" if arm == "svd" else interval(pairs),
-                }
-            )
+    for arm, shares in cells_of(rows).items():
+        cell = {share: [float(row["performance"]) for row in shares.get(share, [])] for share in SHARES}
+        shown = {share: ", ".join(f"{value:.1f}" for value in values) for share, values in cell.items()}
+        table.append({"arm": arm} | {f"{s} %": f"{np.mean(cell[s]):.1f} ({shown[s]})" if cell[s] else "" for s in SHARES})
+    return markdown(table, list(table[0])) if table else "no run has ended yet"
+
+
+def ahead_table(rows):
+    """By how much the full method is ahead of each other arm at equal sparsity: means and intervals of paired differences."""
+    table, cells = [], cells_of(rows)
+    ours = {(row["seed"], share): float(row["performance"]) for share in SHARES for row in cells.get("svd", {}).get(share, [])}
+    for arm, shares in cells.items():
+        row = {"svd is ahead of": arm}
+        for share in SHARES:
+            members = [r for r in shares.get(share, []) if (r["seed"], share) in ours]
+            row[f"at {share} %"] = interval([ours[r["seed"], share] - float(r["performance"]) for r in members])
+        table += [] if arm == "svd" else [row]
     return markdown(table, list(table[0])) if table else "no run has ended yet"
 
 
 def arm_table(rows):
-    """Every arm at its own sparsity: where a threshold decides, at 0; a dense student whole; others at 97 %."""
+    """Arms at the sparsity that they choose: a threshold of 0 decides; a dense student is whole."""
     table = []
-    ours = {row["seed"]: float(row["performance"]) for row in rows if (row["arm"], row["cut"]) == ("svd", "threshold 0")}
     for arm, members in grouped(rows, lambda row: row["arm"]).items():
-        wanted = next(
-            (cut for cut in ("threshold 0", "sparsity 0", "sparsity 0.97") if cut in {r["cut"] for r in members}), ""
-        )
-        cell = [row for row in members if row["cut"] == wanted]
+        cell = [row for row in members if row["cut"] in ("threshold 0", "sparsity 0")]
         if cell:
-            table.append(
-                {
-                    "arm": f"{arm}: {wanted}",
-                    "sparsity, %": each(cell, "sparsity"),
-                    "performance": each(cell, "performance"),
-                    "worst of the last fifth": each(cell, "worst_of_last_fifth"),
-                    "svd is ahead by": ""
-                    if arm == "svd"
-                    else interval([ours[row["seed"]] - float(row["performance"]) for row in cell if row["seed"] in ours]),
-                    "CPU seconds": each(cell, "cpu_seconds", 0),
-                }
-            )
+            row = {"arm": arm, "sparsity, %": each(cell, "sparsity"), "performance": each(cell, "performance")}
+            row |= {"worst of the last fifth": each(cell, "worst_of_last_fifth"), "CPU seconds": each(cell, "cpu_seconds", 0)}
+            table.append(row)
     return markdown(table, list(table[0])) if table else "no run has ended yet"
 
 
@@ -163,6 +157,7 @@ def student_tables(results):
         tables[f"{GRID}_methods"] = (
             f"{csv_link(folder / 'students.csv', 'every student')}: {where(rows)}\n\n{method_table(rows)}"
         )
+        tables[f"{GRID}_ahead"] = ahead_table(rows)
         tables[f"{GRID}_arms"] = arm_table(rows)
         tables[f"{GRID}_layers"] = layer_table(rows)
         tables[f"{GRID}_sweep"] = sweep_table(read_rows(folder / "sweep.csv")[0])
