@@ -1,11 +1,14 @@
 """The learned optimisers of `benchmark/learn/optim4rl.sh` as CSV files, tables and a picture. report.py calls it.
 
+The seconds in the tables are those of meta-training, which the script prints; cpu_seconds are of the whole run, with its tests.
+
 benchmark/results/optim4rl gets tests.csv: the mean return of fresh agents after every fifth update, of each meta-trained cell,
 and of the known optimisers that its run tested beside it; and summary.csv: return at the end, area under the curve (the mean
 over all updates), and that of the worst agent.
 """
 
 import json
+import re
 
 import numpy as np
 from curves import begin, save
@@ -14,6 +17,7 @@ from tables import csv_link, each_seed, grouped, markdown, mean_and_spread, natu
 
 GRID, EVERY = "optim4rl", 5
 SUMMARY = "return", "auc", "worst"
+UNTRAINED = {"memoroid": "memoroid, untrained", "GRU adaptive, signlog": "GRU adaptive, untrained (signSGD)"}  # by arm
 STRUCTURES, PROCESSINGS = ("adaptive", "linear", "momentum", "raw"), ("none", "signlog", "l2l", "asinh")
 
 
@@ -22,12 +26,19 @@ def read_run(record, root):
     events = read_events(root / record["folder"])
     tags = events.Tags()["scalars"]
     own, key = record["script"].split("/")[-1].removesuffix(".py"), {"key": record["key"]}
+    log = root / record["folder"] / ".." / ".." / "log.txt"
+    seconds = re.findall(r"([0-9.]+) seconds of CPU", log.read_text() if log.exists() else "")
     summary, curves = [], []
     for tag in (tag for tag in tags if tag.startswith("test/")):
         name = tag.removeprefix("test/")
         row = key | {"arm": record["arm"], "seed": record["seed"], "optimiser": "cell" if name == own else name}
         row |= {what: f"{events.Scalars(f'test_{what}/{name}')[-1].value:.4f}" for what in SUMMARY}
-        row |= {"cpu_seconds": f"{record['cpu_seconds']:.1f}", "commit": record["commit"], "dirty": record["dirty"]}
+        row |= {
+            "meta_seconds": seconds[-1] if seconds else "",
+            "cpu_seconds": f"{record['cpu_seconds']:.1f}",
+            "commit": record["commit"],
+            "dirty": record["dirty"],
+        }
         summary.append(row | {"device": record["device"], "command": portable_command(record["command"], root)})
         points = [(e.step, e.value) for e in events.Scalars(tag) if e.step % EVERY == 0]
         curves += [key | {"optimiser": row["optimiser"], "update": step, "return": f"{value:.4f}"} for step, value in points]
@@ -55,6 +66,27 @@ def each(rows, column):
     return f"{number(np.mean(values), 2)} ({each_seed(values)})"
 
 
+def seconds(runs):
+    found = [float(row["meta_seconds"]) for row in runs if row["meta_seconds"]]
+    return number(np.mean(found), 0) if found else ""
+
+
+def transfer_table(rows):
+    """Return on tasks that no cell was trained on: a row per task and optimiser, the mean over its runs at each step size."""
+    table = []
+    for (task, name), members in grouped(rows, lambda row: (row["task"], row["optimiser"])).items():
+        sizes = grouped(members, lambda row: float(row["step_size"]))
+        means = {size: np.mean([float(row["return"]) for row in sizes[size]]) for size in sorted(sizes)}
+        shown = ", ".join(f"{size:g}: {mean:.3g}" for size, mean in means.items())
+        runs = len({row["run"] for row in members})
+        table.append({"task": task, "optimiser": name, "runs": runs, "return at each step size": shown})
+        table[-1]["at the best"] = f"{max(means.values()):.3g}"
+    best = {row["task"]: float(row["at the best"]) for row in table if row["optimiser"] == "Adam"}
+    for row in table:
+        row["of Adam's best"] = f"{float(row['at the best']) / best[row['task']]:.2f}" if best.get(row["task"]) else ""
+    return markdown(sorted(table, key=lambda row: natural(row["task"])), list(table[0]))
+
+
 def optimizer_tables(results):
     """{marker: table} of the cells, of the known optimisers, and of structures crossed with what the network sees."""
     path = results / GRID / "summary.csv"
@@ -62,15 +94,17 @@ def optimizer_tables(results):
         return {}
     rows = read_rows(path)[0]
     cells = grouped([row for row in rows if row["optimiser"] == "cell"], lambda row: row["arm"])
-    for runs in cells.values():
+    untrained = [row for row in rows if row["optimiser"] == "untrained" and row["arm"] in UNTRAINED]
+    shown = cells | grouped(untrained, lambda row: UNTRAINED[row["arm"]])
+    for runs in shown.values():
         runs.sort(key=lambda row: int(row["seed"]))
     where = f"device: {', '.join(sorted({row['device'] for row in rows}))}; "
     where += f"code of {', '.join(sorted({row['commit'][:7] for row in rows}))}; each meta-seed in brackets"
     table = [
         {"cell": arm}
         | {name: each(runs, column) for name, column in (("return", "return"), ("area under the curve", "auc"))}
-        | {"worst agent": each(runs, "worst"), "CPU s": number(np.mean([float(r["cpu_seconds"]) for r in runs]), 0)}
-        for arm, runs in cells.items()
+        | {"worst agent": number(min(float(row["worst"]) for row in runs), 2), "CPU s": seconds(runs) if arm in cells else ""}
+        for arm, runs in shown.items()
     ]
     tables = {GRID: f"{csv_link(path, 'every test')}: {where}\n\n{markdown(table, list(table[0]))}"}
     known = grouped(
@@ -100,6 +134,8 @@ def optimizer_tables(results):
             row[kind] = f"{mean_and_spread(areas)} ({len(areas)})" if areas else ""
         crossed.append(row)
     tables["optim4rl_crossed"] = markdown(crossed, list(crossed[0]))
+    if (path := path.with_name("transfer.csv")).exists():
+        tables["optim4rl_transfer"] = transfer_table(read_rows(path)[0])
     return tables
 
 

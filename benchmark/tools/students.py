@@ -9,7 +9,7 @@ import json
 import numpy as np
 from curves import begin, save
 from records import portable_command
-from tables import csv_link, each_seed, grouped, markdown, mean_and_spread, natural, number, read_rows, write_rows
+from tables import csv_link, each_seed, grouped, markdown, natural, number, read_rows, write_rows
 
 GRID = "bpd"
 SHARES = ("95", "97", "98")  # of weights dropped, in percent
@@ -81,8 +81,8 @@ def method_table(rows):
     table = []
     for arm, shares in cells_of(rows).items():
         cell = {share: [float(row["performance"]) for row in shares.get(share, [])] for share in SHARES}
-        shown = {share: ", ".join(f"{value:.1f}" for value in values) for share, values in cell.items()}
-        table.append({"arm": arm} | {f"{s} %": f"{np.mean(cell[s]):.1f} ({shown[s]})" if cell[s] else "" for s in SHARES})
+        shown = {s: f"{number(np.mean(values), 1)} ({each_seed(values, 1)})" if values else "" for s, values in cell.items()}
+        table.append({"arm": arm} | {f"{share} %": shown[share] for share in SHARES})
     return markdown(table, list(table[0])) if table else "no run has ended yet"
 
 
