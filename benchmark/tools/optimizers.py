@@ -1,6 +1,6 @@
 """The learned optimisers of `benchmark/learn/optim4rl.sh` as CSV files, tables and a picture. report.py calls it.
 
-The seconds in the tables are those of meta-training, which the script prints; cpu_seconds are of the whole run, with its tests.
+The seconds in the tables are those of meta-training, which the script prints; cpu_seconds are those of the whole run.
 
 benchmark/results/optim4rl gets tests.csv: the mean return of fresh agents after every fifth update, of each meta-trained cell,
 and of the known optimisers that its run tested beside it; and summary.csv: return at the end, area under the curve (the mean
