@@ -1,6 +1,6 @@
 # docs: docs/optim4rl.md
 # Variant of single_files/optim4rl.py. Changed: Args, Args.num_windows, Args.num_updates, Args.life, Args.credit,
-#   MemoroidCell (was GRUCell), make_cell
+#   Args.sample, MemoroidCell (was GRUCell), make_cell
 # Optim4RL: Lan, Mahmood, Yan, Xu (2023, 2024), "Learning to Optimize for Reinforcement Learning", https://arxiv.org/abs/2302.01470
 # L2L: Andrychowicz et al. (2016), "Learning to learn by gradient descent by gradient descent", https://arxiv.org/abs/1606.04474
 """An optimiser that is learned on reinforcement learning itself, and whose cell is a memoroid: Optim4RL without a GRU.
@@ -72,12 +72,12 @@ class Args:
     alpha: float = 1e-3  # step size that the optimiser's output is multiplied by
 
     # Meta-training
-    num_windows: int = 112  # windows, after each of which the optimiser is updated
+    num_windows: int = 104  # windows, after each of which the optimiser is updated
     num_updates: int = 8  # updates N of each agent in a window (updates)
     life: int = 32  # windows until an agent begins anew; agents take turns (windows)
     pipeline: bool = True  # if toggled, agents begin anew one after another; else all at once
     credit: Literal["final", "every"] = "every"  # an update is judged by the gradient after the window, or by all later ones
-    sample: int = 2048  # coordinates S of all agents' weights that an update of the optimiser is computed from
+    sample: int = 1024  # coordinates S of all agents' weights that an update of the optimiser is computed from
     meta_lr: float = 1e-2  # the learning rate of Adam, which trains the optimiser
     max_grad_norm: float = 0.5  # the maximum norm of the optimiser's gradient
     num_validations: int = 2  # how often fresh agents rate the optimiser, over the last half; the best is kept; 0: the last is
