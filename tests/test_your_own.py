@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from scripts import run, run_folder, scalars
+from scripts import last_return, run, run_folder, scalars
 
 PAGE = (ROOT / "docs" / "your_own.md").read_text()
 BLOCKS = {re.search(r"class (\w+)", code)[1]: code for code in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)}
@@ -83,7 +83,7 @@ def test_the_encoder_of_the_page_learns_from_images(tmp_path):
     script.write_text(with_class("Pixels", cut=r"(?m)^ +if len\(obs_space\.shape or \(\)\) != 1:\n +raise ValueError.*\n"))
     gym.register("Screen-v0", Screen)
     out = run(tmp_path, "--env-id", "Screen-v0", *DQN, "--total-timesteps", 4000, "--learning-rate", 3e-3, script=script)
-    assert float(out.rsplit("episodic_return=", 1)[1].split(",")[0]) > 8  # of 10; guessing gives 5
+    assert last_return(out) > 8  # of 10; guessing gives 5
     assert scalars(run_folder(tmp_path))["losses/td_loss"]
 
 
@@ -112,3 +112,15 @@ def test_the_memory_of_the_page_trains(tmp_path, monkeypatch, script):
     torch.testing.assert_close(out, torch.cat(alone))
     (gradient,) = torch.autograd.grad(out[5:11].sum(), obs)
     assert gradient[5].abs().sum() > 0 and not gradient[:5].any() and not gradient[11:].any()
+
+
+@pytest.mark.slow
+def test_the_environment_of_the_page_is_learned(folder):
+    command = next(line for line in PAGE.splitlines() if "learns it" in line).split("#")[0].split()
+    assert last_return(run(folder, *command[2:])) == 1
+
+
+@pytest.mark.slow
+def test_the_memories_of_the_page_learn(tmp_path, script):
+    """RepeatFirst, at the flags of the script that they were put into."""
+    assert last_return(run(tmp_path, script=script[1])) > 0.9

@@ -50,6 +50,7 @@ from tables import (
     with_seeds,
     write_rows,
 )
+from throughput import throughput_table
 
 
 def states(cell):
@@ -418,7 +419,7 @@ def main():
     tables = {path.parent.name: grid_table(path.parent) for path in sorted(results.glob("*/runs.csv"))}
     tables |= joined_tables(results) | measured_tables(results)
     tables |= student_tables(results) | optimizer_tables(results) | in_context_tables(results)
-    fill(args.root, tables)
+    fill(args.root, tables | {"throughput": throughput_table(results)})
 
 
 if __name__ == "__main__":
