@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What an unbroken gradient buys: docs/ppo.md. bash benchmark/learn/unbroken_gradient.sh
+# What an unbroken gradient buys: docs/unbroken_gradient.md. bash benchmark/learn/unbroken_gradient.sh
 # Both tasks ask for the first observation of an episode that spans three to four rollouts. 30 runs: half an hour on two cores.
 source "$(dirname "$0")/grid.sh"
 export PYTHONPATH=benchmark/probes # for the T-maze

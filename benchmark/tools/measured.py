@@ -79,8 +79,8 @@ def whole_table(rows):
 def ppo_update_table(rows):
     """Contenders as rows, rollouts as columns: milliseconds, and how many times faster than the loop over steps."""
     table = {}
-    for row in rows:
-        head = f"{row['steps']} steps, {row['minibatches']} minibatch{'es' * (row['minibatches'] != '1')}"
+    for row in (row for row in rows if not row["contender"].endswith(", untuned")):
+        head = f"{int(row['steps']):,} steps, {row['minibatches']} minibatch{'es' * (row['minibatches'] != '1')}"
         line = table.setdefault(row["contender"], {"contender": row["contender"]})
         line[head] = f"{number(row['median_ms'])} ({number(row['vs_lstm_loop'])})"
     return markdown(list(table.values()), list(next(iter(table.values()))))
