@@ -308,7 +308,7 @@ class FrameTape:
             if transitions < batch_size:
                 drawn.append(self.episodes[i])
                 transitions += len(drawn[-1].obs) - 1
-        # rows of zeros round the length up, as episodes without a step: oneDNN takes 10 ms to prepare for every new length
+        # rows of zeros, like episodes without a step, round the length up: oneDNN takes 10 ms to prepare for a new length
         ones = drawn[0].begins.new_ones(-(transitions + len(drawn)) % 32)
         zeros = Tape(*(column.new_zeros(len(ones), *column.shape[1:]) for column in drawn[0]))
         drawn.append(zeros._replace(begins=ones, final=ones))

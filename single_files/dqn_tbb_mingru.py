@@ -109,7 +109,7 @@ def make_env(env_id, env_kwargs, prev_action=True, idx=0, video_folder=None):
         else:
             env = gym.make(env_id, **(env_kwargs | ({"render_mode": "rgb_array"} if video_folder else {})))
             env = env if isinstance(env.observation_space, gym.spaces.Box) else gym.wrappers.FlattenObservation(env)
-        env = Checked(env, idx)  # each observation in memory of its own, finite numbers, no infos
+        env = Checked(env, idx)  # copies observations, checks that all numbers are finite, drops infos
         env = gym.wrappers.RecordVideo(env, video_folder) if video_folder else env
         return gym.wrappers.RecordEpisodeStatistics(env)
 
@@ -232,7 +232,7 @@ class TapeBuffer:
             if transitions < batch_size:
                 drawn.append(self.episodes[i])
                 transitions += len(drawn[-1].obs) - 1
-        # rows of zeros round the length up, as episodes without a step: oneDNN takes 10 ms to prepare for every new length
+        # rows of zeros, like episodes without a step, round the length up: oneDNN takes 10 ms to prepare for a new length
         ones = np.ones(-(transitions + len(drawn)) % 32, bool)
         zeros = Tape(*(np.zeros_like(column, shape=(len(ones), *column.shape[1:])) for column in drawn[0]))
         drawn.append(zeros._replace(begins=ones, final=ones))
