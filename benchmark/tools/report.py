@@ -226,12 +226,14 @@ def segments_table(results):
 
 
 PPO = "ppo_tbb_ffm", "ppo_tbb_lru", "ppo_tbb_s5", "ppo_tbb_linattn", "ppo_tbb_glru", "ppo_tbb_mingru", "ppo_sbb_lstm"
+CONTINUOUS = {"lru": "ppo_tbb_lru_continuous_action", "memoryless": "the same without memory"}
 
 
 def ppo_table(results):
-    """One table of PPO with each memory."""
+    """One table of PPO with each memory, and with continuous actions."""
     rows = [row | {"arm": name} for name in PPO for row in read_rows(results / name / "runs.csv")[0]]
-    links = ", ".join(csv_link(results / name / "runs.csv", name) for name in PPO)
+    rows += [row | {"arm": CONTINUOUS[row["arm"]]} for row in read_rows(results / "pendulum" / "runs.csv")[0]]
+    links = ", ".join(csv_link(results / name / "runs.csv", name) for name in (*PPO, "pendulum"))
     first = "popgym-RepeatFirstEasy-v0"  # which all have been trained on
     return f"Every run: {links}. {run_table(sorted(rows, key=lambda row: row['env_id'] != first), '')}"
 
@@ -357,7 +359,7 @@ def joined_tables(results):
         return all((results / grid / "runs.csv").exists() for grid in grids)
 
     tables = {"segments": segments_table(results)} if there(grid for grid, _ in TAPE_OR_SEGMENTS) else {}
-    return tables | ({"ppo": ppo_table(results)} if there(PPO) else {})
+    return tables | ({"ppo": ppo_table(results)} if there((*PPO, "pendulum")) else {})
 
 
 def collect(root, runs, results, with_intervals=True):
