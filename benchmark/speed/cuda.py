@@ -840,7 +840,7 @@ print(json.dumps(found))
 
 def look_around():
     """What this machine has: card (missing: none), driver, versions."""
-    done = subprocess.run([sys.executable, "-c", WHERE], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", WHERE], capture_output=True, text=True)
     found = json.loads(done.stdout.strip().rpartition("\n")[2]) if done.returncode == 0 else {"problem": done.stderr[-200:]}
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
