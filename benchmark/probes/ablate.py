@@ -9,6 +9,10 @@ memoryless      PPO: the memory forgets before every step, in rollouts, on the t
 huber_of_mean   DQN: one Huber loss of the mean absolute error, as the code of Morad et al. (2024) has it for segments, and not
                 the mean of the Huber losses
 lr_warmup=200   DQN: the learning rate rises over the first 200 updates
+no_resets       DQN: memory runs on from one episode into the next, on the tape and while it acts
+reset_early     PPO: in updates, memory is reset one row before an episode's first; while it acts, in the right place
+reset_late      PPO: the same, one row behind an episode's first
+reset_late_everywhere    PPO: one row behind the first, in updates and while it acts
 optimizer=RUN   PPO: in place of Adam the optimiser of RUN/model.pt, which optim4rl_lru.py has learned; its step size is
                 --learning-rate
 """
@@ -19,6 +23,14 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+MOVED = """def moved(tape, next_begins, by):
+    begins, firsts = tape.begins.clone(), tape.starts
+    lasts = F.pad(firsts[1:], (0, 1), value=len(begins)) - 1
+    begins[firsts[0] :] = tape.begins[firsts[0] :].roll(by)
+    begins[firsts] = tape.begins[firsts] | (begins[firsts] if by < 0 else False)  # no section has a row before its first
+    begins[lasts] = torch.from_numpy(next_begins).to(begins.device) if by < 0 else begins[lasts]
+    return tape._replace(begins=begins)
+"""
 CHANGES = {  # what stands in the script, what comes in its place; {} is what stands behind the `=`
     "memoryless": {
         "self.memory(tape, self.encoder(tape.obs))": (
@@ -33,6 +45,33 @@ CHANGES = {  # what stands in the script, what comes in its place; {} is what st
     },
     "lr_warmup": {
         '"lr"] = args.learning_rate * anneal': '"lr"] = args.learning_rate * anneal * min(1, (update + 1) / {})',
+    },
+    "no_resets": {
+        "self.memory(self.encoder(obs), begins)": "self.memory(self.encoder(obs), torch.zeros_like(begins))",
+        "self.memory.step(self.encoder(obs), begins,": "self.memory.step(self.encoder(obs), torch.zeros_like(begins),",
+    },
+    "reset_early": {
+        'if __name__ == "__main__":\n    sys.path': f"{MOVED}\n\nif __name__ == '__main__':\n    sys.path",
+        "agent(carried_tape.sections(mb_envs, args.num_steps))": (
+            "agent(moved(carried_tape.sections(mb_envs, args.num_steps), next_begins[mb_envs], -1))"
+        ),
+    },
+    "reset_late": {
+        'if __name__ == "__main__":\n    sys.path': f"{MOVED}\n\nif __name__ == '__main__':\n    sys.path",
+        "agent(carried_tape.sections(mb_envs, args.num_steps))": (
+            "agent(moved(carried_tape.sections(mb_envs, args.num_steps), next_begins[mb_envs], 1))"
+        ),
+    },
+    "reset_late_everywhere": {  # `late_begins` are those of one step before; an episode's end is where it was
+        "    carried_tape = CarriedTape(obs, recurrent_state)\n    discounted": (
+            "    late_begins = np.zeros(args.num_envs, bool)\n    carried_tape = CarriedTape(obs, recurrent_state)\n    discounted"
+        ),
+        "obs[step], begins[step] = next_obs, next_begins": "obs[step], begins[step] = next_obs, late_begins",
+        "policy, values[step], recurrent_state = agent.step(next_obs, next_begins, recurrent_state)": (
+            "policy, values[step], recurrent_state = agent.step(next_obs, late_begins, recurrent_state); late_begins = next_begins"
+        ),
+        "_, next_value, _ = agent.step(next_obs, next_begins,": "_, next_value, _ = agent.step(next_obs, late_begins,",
+        "carried_tape.carry(next_begins,": "carried_tape.carry(late_begins,",
     },
     "optimizer": {
         "    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)": f"""
