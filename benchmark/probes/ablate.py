@@ -64,11 +64,12 @@ CHANGES = {  # what stands in the script, what comes in its place; {} is what st
     },
     "reset_late_everywhere": {  # `late_begins` are those of one step before; an episode's end is where it was
         "    carried_tape = CarriedTape(obs, recurrent_state)\n    discounted": (
-            "    late_begins = np.zeros(args.num_envs, bool)\n    carried_tape = CarriedTape(obs, recurrent_state)\n    discounted"
+            "    carried_tape, late_begins = CarriedTape(obs, recurrent_state), np.zeros(args.num_envs, bool)\n    discounted"
         ),
         "obs[step], begins[step] = next_obs, next_begins": "obs[step], begins[step] = next_obs, late_begins",
         "policy, values[step], recurrent_state = agent.step(next_obs, next_begins, recurrent_state)": (
-            "policy, values[step], recurrent_state = agent.step(next_obs, late_begins, recurrent_state); late_begins = next_begins"
+            "policy, values[step], recurrent_state = agent.step(next_obs, late_begins, recurrent_state)\n"
+            "            late_begins = next_begins"
         ),
         "_, next_value, _ = agent.step(next_obs, next_begins,": "_, next_value, _ = agent.step(next_obs, late_begins,",
         "carried_tape.carry(next_begins,": "carried_tape.carry(late_begins,",
