@@ -6,9 +6,9 @@ Each subject gets rows of observations: an episode of five steps, and right behi
 from them as it does for an update. From these outputs come
 value       do outputs in the second episode change if the first episode had other observations?
 gradient    does the gradient of an output in the second episode reach an observation of the first?
-reset       the row at which memory is empty, counted from the second episode's first row: 0 is right, -1 is a row early, 1 is
-            a row late, "none" is a memory that runs on. Found by looking: a reset at row r is that no output from row r on has a
-            gradient at a row before r
+reset       the row at which memory is empty, counted from the second episode's first row: 0 is right, -1 is a row early,
+            1 a row late, "none" is a memory that runs on. It is found by looking: a reset at row r means that no output
+            from row r on has a gradient at a row before r
 remembers   do outputs depend on earlier rows of their own episode? Without that, nothing was measured
 
 training.csv has a row per library and way to use it, autoreset.csv the way of counting that many programs share: a row begins
@@ -107,7 +107,7 @@ def audit(outputs, obs, gradients=torch_gradients):
         "value": "yes" if change[first:].max() > 1e-6 * change[:first].max() else "no",
         "gradient": "yes" if reach[first:, :first].max() > small else "no",
         "reset": ", ".join(str(r - first) for r in resets) or "none",
-        "remembers": "yes" if reach[first - 1, 0] > small and reach[first + 2, first] > small else "no",
+        "remembers": "yes" if reach[first - 2, 0] > small and reach[first + 3, first + 2] > small else "no",
         "largest change of a value": float(change[first:].max()),
         "largest gradient": float(reach[first:, :first].max()),
     }
