@@ -7,8 +7,8 @@ common="--checkpoint-interval 0"
 maze="--env-id t_maze:TMaze-v0 --env-kwargs length 10 --total-timesteps 60000 --num-envs 32 --num-steps 22"
 first="--env-id popgym-RepeatFirstEasy-v0 --total-timesteps 150000"
 
-for task in "$maze" "$first"; do
-    for seed in 1 2 3; do
+for seed in 1 2 3; do
+    for task in "$maze" "$first"; do
         run="single_files/ppo_tbb_mingru.py $task $common --seed $seed"
         echo "reset=in place: $run"
         for moved in "early in updates:reset_early" "late in updates:reset_late" "late everywhere:reset_late_everywhere"; do

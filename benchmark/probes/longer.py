@@ -2,21 +2,21 @@
 
     python benchmark/probes/longer.py --seeds 1 2 3     # trains what is missing, then measures: benchmark/results/longer
 
-Every network learns one short task: RepeatPrevious of two cards and RepeatFirst, each with one deck of 52 cards, or position-only
-CartPole for 50 steps. Then it plays greedy episodes of 1, 2, 4 and 16 times as many decks or steps, with no training in between.
-The drop is its return on the short task less its return on the longest. All three tasks scale their rewards by the length of
-the episode, so that a policy that is as good all along has the same return at every length.
+Every network learns one short task: RepeatPrevious of two cards and RepeatFirst, each with one deck of 52 cards, or
+position-only CartPole for 50 steps. Then it plays greedy episodes of 1, 2, 4 and 16 times as many decks or steps, with no
+training in between. The drop is its return on the short task less its return on the longest. All three tasks scale their
+rewards by the length of the episode, so that a policy that is as good all along has the same return at every length.
 
 Arms: the tape; segments of 10 and of 50; and the tape without resets, where memory runs on from one episode into the next, in
 updates and while it acts (`ablate.py no_resets`). Episodes that are evaluated begin with an empty memory in all arms.
 
-The shares are those of `memory_length.py`, of rows along episodes of the short task: `share_outside` is the part of a Q value's
-sensitivity that falls on observations which the task does not need. RepeatPrevious of two cards needs 2. Position-only CartPole
-needs 2: two positions and the action between them give the velocity. RepeatFirst needs the first observation alone, so its
-`share_outside` here is that of all others.
+The shares are those of `memory_length.py`, of rows along episodes of the short task: `share_outside` is the part of a Q
+value's sensitivity that falls on observations which the task does not need. RepeatPrevious of two cards needs 2. Position-only
+CartPole needs 2: two positions and the action between them give the velocity. RepeatFirst needs the first observation alone,
+so its `share_outside` here is that of all others.
 
-networks.csv has a row per network, correlations.csv the rank correlation of the outside share with the drop. A cell that has not
-run is "unfinished". What is there when a run ends is kept in runs/longer, and a second start goes on from it.
+networks.csv has a row per network, correlations.csv the rank correlation of the outside share with the drop. A cell that has
+not run is "unfinished". Each cell that has run is kept in runs/longer, and a second start goes on from there.
 """
 
 import argparse
@@ -111,12 +111,10 @@ def measured(task, memory, batching, seed, episodes):
     module, _, q_network = trained(task, memory, batching, seed)
     row = {"task": task, "memory": memory, "batching": batching, "seed": seed, "state": "done"}
     row["train_cpu_seconds"] = resource.getrusage(resource.RUSAGE_SELF).ru_utime - began
-    for factor in FACTORS:
-        found = played(module, q_network, task, factor, episodes)
-        row[f"return_x{factor}"] = float(np.mean([episode[2] for episode in found]))
-        short = found if factor == 1 else short
+    found = {factor: played(module, q_network, task, factor, episodes) for factor in FACTORS}
+    row |= {f"return_x{factor}": float(np.mean([episode[2] for episode in found[factor]])) for factor in FACTORS}
     needs = TASKS[task]["needs"]
-    figures = measure(q_network, short[:10], 5, needs or np.inf)["along the episode"][1]
+    figures = measure(q_network, found[1][:10], 5, needs or np.inf)["along the episode"][1]
     if needs is None:  # the first observation alone is needed
         figures["share_inside"] = figures["share_oldest_needed"]
         figures["share_outside"] = 1 - figures["share_inside"]
@@ -137,7 +135,7 @@ def correlation(x, y):
 
 
 def correlations(rows, repetitions=2000):
-    """Per task, over all memories and over each: networks that learned, correlation, 95 % interval of a bootstrap over networks."""
+    """Per task, over all memories and over each: networks that learned, correlation, 95 % bootstrap interval over networks."""
     found, rng = [], np.random.default_rng(0)
     done = [row for row in rows if row["state"] == "done" and row["return_x1"] >= LEARNED]
     for task, memory in itertools.product(TASKS, ["all", *MEMORIES]):

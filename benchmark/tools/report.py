@@ -33,6 +33,7 @@ from curves import (
 from distillation import in_context_picture, in_context_tables
 from measured import measured_tables
 from optimizers import collect_optimizers, draw_optimizers, optimizer_tables
+from probed import longer_picture, probed_tables
 from records import GOAL, WINDOW, read_grids
 from students import collect_students, draw_students, student_tables
 from tables import (
@@ -405,6 +406,8 @@ def draw(results):
         memory_length_picture(found, rows(results / "memory_length", "summary"), results / "memory_length" / "picture.svg")
     if (results / "in_context" / "summary.csv").exists():
         in_context_picture(results)
+    if any(row["state"] == "done" for row in rows(results / "longer", "networks")):
+        longer_picture(results)
 
 
 def main():
@@ -420,7 +423,7 @@ def main():
         draw(results)
     tables = {path.parent.name: grid_table(path.parent) for path in sorted(results.glob("*/runs.csv"))}
     tables |= joined_tables(results) | measured_tables(results)
-    tables |= student_tables(results) | optimizer_tables(results) | in_context_tables(results)
+    tables |= student_tables(results) | optimizer_tables(results) | in_context_tables(results) | probed_tables(results)
     fill(args.root, tables | {"throughput": throughput_table(results)})
 
 
