@@ -7,8 +7,8 @@ from them as it does for an update. From these outputs come
 value       do outputs in the second episode change if the first episode had other observations?
 gradient    does the gradient of an output in the second episode reach an observation of the first?
 reset       the row at which memory is empty, counted from the second episode's first row: 0 is right, -1 is a row early,
-            1 a row late, "none" is a memory that runs on. It is found by looking: a reset at row r means that no output
-            from row r on has a gradient at a row before r
+            1 a row late, "none" is a memory that runs on. It is looked for within two rows: a reset at row r means that no
+            output from row r on has a gradient at a row before r
 remembers   do outputs depend on earlier rows of their own episode? Without that, nothing was measured
 
 training.csv has a row per library and way to use it, autoreset.csv the way of counting that many programs share: a row begins
@@ -102,12 +102,12 @@ def audit(outputs, obs, gradients=torch_gradients):
     weights = np.random.default_rng(2).normal(size=before.shape[1]).astype(np.float32)
     reach = gradients(outputs, obs, weights)
     small = 1e-6 * reach.max()  # what is not exactly zero where a mask is a factor
-    resets = [r for r in range(1, len(obs)) if (reach[r:, :r] <= small).all()]
+    resets = [r for r in range(first - 2, first + 3) if (reach[r:, :r] <= small).all()]
     return {
         "value": "yes" if change[first:].max() > 1e-6 * change[:first].max() else "no",
         "gradient": "yes" if reach[first:, :first].max() > small else "no",
         "reset": ", ".join(str(r - first) for r in resets) or "none",
-        "remembers": "yes" if reach[first - 2, 0] > small and reach[first + 3, first + 2] > small else "no",
+        "remembers": "yes" if reach[first - 2, first - 3] > small and reach[first + 3, first + 2] > small else "no",
         "largest change of a value": float(change[first:].max()),
         "largest gradient": float(reach[first:, :first].max()),
     }
@@ -346,7 +346,7 @@ def memorax(name):
     from memorax.networks.sequence_models import RNN, LRUCell, Memoroid
 
     obs, begins = rollout()
-    model = RNN(cell=nn.GRUCell(features=8)) if name == "GRU" else Memoroid(cell=LRUCell(features=8, hidden_dim=8))
+    model = RNN(cell=nn.GRUCell(features=8)) if name == "GRU" else Memoroid(cell=LRUCell(features=WIDTH, hidden_dim=8))
     mask = jax.numpy.array(begins)[None]
     weights = model.init(jax.random.key(0), jax.numpy.array(obs)[None], mask)
     return (lambda x: model.apply(weights, jax.numpy.array(x)[None], mask[:, : len(x)])[1][0]), obs

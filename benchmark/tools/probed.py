@@ -11,7 +11,7 @@ MARKS = {"tape": "o", "segments of 10": "v", "segments of 50": "s", "tape, no re
 
 
 def training_table(rows):
-    """A row per library and way of use; the project's own scripts share one as long as they all have the same figures."""
+    """A row per library and finding: the ways of use that share it stand in one cell."""
     figures = lambda row: tuple(row[name] for name in ("value", "gradient", "reset"))  # noqa: E731
     table = []
     for (library, version, shown_by, *found), members in grouped(
@@ -20,9 +20,9 @@ def training_table(rows):
         ours = library == "this project"
         kinds = grouped([row["use"] for row in members], lambda use: "_".join(use.split("_")[:2])) if ours else {}
         uses = [f"{kind}: {', '.join(use.removeprefix(kind + '_') for use in names)}" for kind, names in kinds.items()]
-        for use in ["; ".join(uses)] if ours else [row["use"] for row in members]:
-            table.append(dict(zip(("library", "use", "shown by"), (f"{library} {version}".strip(), use, shown_by))))
-            table[-1] |= dict(zip(("value passes", "gradient passes", "reset falls at"), found))
+        use = "; ".join(uses if ours else [row["use"] for row in members])
+        table.append(dict(zip(("library", "use", "shown by"), (f"{library} {version}".strip(), use, shown_by))))
+        table[-1] |= dict(zip(("value passes", "gradient passes", "reset falls at"), found))
     order = {name: i for i, name in enumerate(dict.fromkeys(row["library"] for row in table))}
     table.sort(key=lambda row: order[row["library"]])
     return markdown(table, list(table[0]))
