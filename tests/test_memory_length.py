@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import json
 import math
 import subprocess
 import sys
@@ -186,3 +187,23 @@ def test_bad_paths_say_what_was_expected(bench, saved, tmp_path):
     args = argparse.Namespace(script=None, rows=2, reward_memory_length=None)
     with pytest.raises(ValueError, match="--script: expected the script .* network differs"):
         bench.measure_run(saved, args, seeds=[1])
+
+
+def test_longer_goes_on_from_its_files_and_correlates_by_rank(tmp_path):
+    """Cells of the committed file and of the folder count as done; a drop that is a rounding error is none."""
+    sys.path.append(str(ROOT / "benchmark" / "probes"))
+    import longer
+
+    args = argparse.Namespace(out=str(tmp_path / "out"), kept=str(tmp_path / "kept"), seeds=[1, 2, 3])
+    done = [cell for cell in longer.cells(["RepeatPrevious"], args.seeds)]
+    (tmp_path / "kept").mkdir()
+    for i, cell in enumerate(done):
+        row = dict(zip(longer.NAMES, cell)) | {"state": "done", "return_x1": 1.0, "share_outside": i / 99, "drop": i / 99}
+        (tmp_path / "kept" / f"{i}.json").write_text(json.dumps(row | {"drop": 1e-14 * i} if i < 2 else row))
+    longer.write(args, "here")
+    for path in (tmp_path / "kept").glob("*"):
+        path.unlink()
+    assert list(longer.has_run(args)) == done
+    rows = list(csv.DictReader((tmp_path / "out" / "correlations.csv").read_text().splitlines()[1:]))
+    assert [row["networks"] for row in rows if row["task"] == "RepeatPrevious"] == ["30", "12", "12", "6"]
+    assert 0.99 < float(rows[0]["correlation"]) < 1 and rows[3]["correlation"] == ""

@@ -16,10 +16,11 @@ CartPole needs 2: two positions and the action between them give the velocity. R
 so its `share_outside` here is that of all others.
 
 networks.csv has a row per network, correlations.csv the rank correlation of the outside share with the drop. A cell that has
-not run is "unfinished". Each cell that has run is kept in runs/longer, and a second start goes on from there.
+not run is "unfinished". A second start does what is missing: cells are kept in runs/longer until the files hold them.
 """
 
 import argparse
+import csv
 import itertools
 import json
 import multiprocessing
@@ -68,6 +69,7 @@ BATCHING = {
 }
 MEMORIES = {"LRU": "lru", "FFM": "ffm", "gated LRU": "glru"}
 LEARNED = 0.9  # a network with at least this return on the short task has learned it
+FEWEST = 10  # networks of which a correlation says something
 
 
 def cells(tasks, seeds):
@@ -140,9 +142,9 @@ def correlations(rows, repetitions=2000):
     done = [row for row in rows if row["state"] == "done" and row["return_x1"] >= LEARNED]
     for task, memory in itertools.product(TASKS, ["all", *MEMORIES]):
         cell = [row for row in done if row["task"] == task and memory in ("all", row["memory"])]
-        pairs = np.array([(row["share_outside"], row["drop"]) for row in cell]).reshape(-1, 2)
+        pairs = np.array([(row["share_outside"], round(row["drop"], 4)) for row in cell]).reshape(-1, 2)  # 1e-14 is no drop
         figures = {"correlation": float("nan"), "low": float("nan"), "high": float("nan")}
-        if len(pairs) >= 4:
+        if len(pairs) >= FEWEST:
             drawn = [correlation(*pairs[rng.integers(len(pairs), size=len(pairs))].T) for _ in range(repetitions)]
             drawn = np.array(drawn)[np.isfinite(drawn)]
             low, high = np.percentile(drawn, (2.5, 97.5)) if len(drawn) else (float("nan"),) * 2
@@ -172,13 +174,27 @@ def parse_args():
     return args
 
 
+NAMES = "task", "memory", "batching", "seed"
+
+
+def has_run(args):
+    """{cell: its row} of all cells that have run: those in the file of results, and those kept since it was written."""
+    rows, path = [], Path(args.out, "networks.csv")
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+        for row in csv.DictReader(lines):
+            words = "state", *NAMES[:-1]
+            rows.append({name: value if name in words or not value else float(value) for name, value in row.items()})
+            rows[-1]["seed"] = int(row["seed"])
+    rows += [json.loads(kept.read_text()) for kept in sorted(Path(args.kept).glob("*.json"))]
+    return {tuple(row[name] for name in NAMES): row for row in rows if row["state"] == "done"}
+
+
 def write(args, where):
     """Both files, from the cells that have run; a cell of a seed that has begun, and has not run, is unfinished."""
-    kept = [json.loads(path.read_text()) for path in sorted(Path(args.kept).glob("*.json"))]
-    by_cell = {(row["task"], row["memory"], row["batching"], row["seed"]): row for row in kept}
-    names = "task", "memory", "batching", "seed"
-    seeds = sorted({*args.seeds, *(row["seed"] for row in kept)})
-    rows = [by_cell.get(c, dict(zip(names, c)) | {"state": "unfinished"}) for c in cells(TASKS, seeds)]
+    done = has_run(args)
+    seeds = sorted({*args.seeds, *(seed for *_, seed in done)})
+    rows = [done.get(cell, dict(zip(NAMES, cell)) | {"state": "unfinished"}) for cell in cells(TASKS, seeds)]
     write_csv("networks", where, rows, args)
     write_csv("correlations", where, correlations(rows), args)
 
@@ -191,9 +207,10 @@ if __name__ == "__main__":
     import popgym  # noqa: F401  # here, so that the copies have it
 
     gym.register("popgym-RepeatFirst-v0", entry_point="popgym.envs.repeat_first:RepeatFirst")  # takes num_decks
+    done = has_run(args)
     for cell in [] if args.measure_only else cells(args.tasks, args.seeds):
-        path = Path(args.kept, "__".join(map(str, cell)).replace(" ", "-").replace(",", "") + ".json")
-        if not path.exists():
+        if cell not in done:
+            path = Path(args.kept, "__".join(map(str, cell)).replace(" ", "-").replace(",", "") + ".json")
             began = time.time()
             row = in_own_process(measured, *cell, args.episodes)
             path.parent.mkdir(parents=True, exist_ok=True)

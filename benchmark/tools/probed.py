@@ -65,7 +65,7 @@ def longer_table(rows):
 def interval_text(row):
     """A correlation with its interval, or why there is none."""
     if row["correlation"] == "":
-        return "too few networks" if int(row["networks"]) < 4 else "all drops alike"
+        return "too few" if int(row["networks"]) < 10 else "all drops alike"
     return f"{float(row['correlation']):.2f} ({float(row['low']):.2f} to {float(row['high']):.2f})"
 
 
