@@ -19,6 +19,11 @@ def test_the_navigation_has_every_page_once():
     assert sorted(shown) == sorted(ELSEWHERE.get(path, path.removeprefix("docs/")) for path in paths)
 
 
+def test_the_index_links_to_every_page():
+    links = set(re.findall(r"\]\((\w+\.md)\)", (ROOT / "docs" / "index.md").read_text(encoding="utf-8")))
+    assert links == {path.name for path in PAGES} - {"index.md"}
+
+
 def test_a_blank_line_stands_before_every_list():
     """Else it is a list in the repository, and one long line on the site."""
     for page in (*PAGES, ROOT / "README.md", ROOT / "benchmark" / "README.md"):
