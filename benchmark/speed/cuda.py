@@ -232,10 +232,11 @@ def parity(report, args):
             try:
                 errors = parity_case(kind, steps, args.device)
                 report.row(**shown, **{f"error of {'h' if n == 'h' else f'grad {n}'}": e for n, e in errors.items()})
-                worst, done = max(worst, *errors.values()), done + 1
+                worst = max(worst, *errors.values())
             except Exception as error:
                 report.row(**shown, error=first_line(error))
-                worst = math.inf
+                worst = math.inf  # a case that cannot run is no case that is met
+            done += 1
     report.bar(f"a: largest error of {done} cases, share {share + 1} of {shares}", "<=", 1e-5, worst if done else None)
 
 
@@ -660,6 +661,15 @@ def stop(process):
     process.wait()
 
 
+def end(process):
+    """As `stop`, but gives a part's process time to stop what it has started."""
+    if process.poll() is None:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=5)
+        stop(process)
+
+
 def last_return(folder):
     """The mean return that the run's evaluation printed; None if it has not."""
     text = (folder / "log.txt").read_text(errors="replace")
@@ -937,6 +947,7 @@ def write(out, where, parts):
 def child(args):
     part, file = args.child
     report = Report(file, time.time() + args.seconds)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that what it has started is stopped, too
     try:
         RUN[part](report, args)
     except BaseException as error:
@@ -957,7 +968,7 @@ def main(args):
     name = card if device == "cuda" else "rehearsal" if args.rehearse else "no card"
     out = args.out or ROOT / "benchmark" / "results" / "cuda" / name.lower().replace(" ", "-")
     print(", ".join(f"{key} {value}" for key, value in where.items()), flush=True)
-    parts, folder = [], Path(tempfile.mkdtemp(prefix="cuda-parts-"))
+    parts, started, folder = [], [], Path(tempfile.mkdtemp(prefix="cuda-parts-"))
 
     def skip(part, why):
         parts.append(outcome(part, "skipped", why=why))
@@ -978,12 +989,13 @@ def main(args):
             # compiling takes most of part a's time, and each process compiles its own kernels
             shares = max(1, min(8, where["cores"] // 2 - 1)) if part == "a" and device == "cuda" else 1
             begun[part] = [begin_part(part, args, device, seconds, folder, (i, shares)) for i in range(shares)]
+            started.extend(process for process, *_ in begun[part])
         waiting = dict(begun)
         while waiting:
             for part, processes in list(waiting.items()):
                 for process, _, deadline in processes:
                     if process.poll() is None and time.time() > deadline:
-                        stop(process)
+                        end(process)
                 if all(process.poll() is not None for process, *_ in processes):
                     parts.append(collect(waiting.pop(part), part, time.time() - start_time))
                     write(out, where, parts)
@@ -1002,6 +1014,8 @@ def main(args):
                 wanted.remove("a")
             run(wanted)
     finally:
+        for process in started:  # after Ctrl-C, say
+            end(process)
         parts.sort(key=lambda part: part["part"])
         states, bars = write(out, where, parts)
         shutil.rmtree(folder, ignore_errors=True)
