@@ -91,6 +91,9 @@ def unlike(envs, pickled, actions, outcome):
     try:
         twins, *states = cloudpickle.loads(pickled)
         _set_random_states(*states)
+        if isinstance(twins, gym.vector.VectorEnv):  # one that steps its environments as arrays
+            same = all(map(np.array_equal, twins.step(actions)[:4], outcome[:4]))
+            return "" if same else "a copy of the environments does not go on as they do"
         for i, (twin, action) in enumerate(zip(twins, iterate(envs.action_space, actions))):
             if name := _forgetful(twin):
                 return f"{name} is pickled by EzPickle, which keeps what its constructor was given and not its state"
@@ -183,29 +186,57 @@ def _survive_closed_pipe(stream):
 
 
 KEPT = "seed", "buffer_size", "segment_length", "burn_in"  # what a tape in a checkpoint was made with, and its random numbers
+SHARES = """gamma gae_lambda tau start_e end_e exploration_fraction learning_rate sigma_learning_rate critic_learning_rate
+    noise_memory eta_start eta_end""".split()  # at most 1
+MAY_BE_ZERO = "seed checkpoint_interval max_prefix learning_starts burn_in fine_tune_updates".split()
 
 
-def check_flags(args, zero, most, saved):
+def check_flags(args, zero=(), most=None, saved=()):
     """Raises ValueError on the first flag that is out of its range, and names it.
 
+    Whole numbers are at least 1 or, if `MAY_BE_ZERO` has them, 0; other numbers are from 0 to a million, so finite, or, if
+    `SHARES` has them, to 1. The steps hold at least one rollout, an LRU begins inside the unit circle, --cuda needs CUDA.
+
     Args:
-        args: a dataclass. Its whole numbers are at least 1, its other numbers from 0 to a million, so finite.
-        zero: the names of those whole numbers that may be 0.
-        most: {name: the largest value}, where it is another.
-        saved: {name: value} of a run that is resumed, else {}: those of `KEPT` cannot change.
+        args: a dataclass.
+        zero: the names of further whole numbers that may be 0.
+        most: {name: the largest value} of further numbers.
+        saved: {name: value} of a run that is resumed, else empty: those of `KEPT` cannot change.
     """
-    for name, value in vars(args).items():
+    flags, saved = vars(args), dict(saved)
+    most = {**dict.fromkeys(SHARES, 1), "seed": 10**9, **(most or {})}
+    if steps := flags.get("total_timesteps"):
+        last = steps - ("learning_starts" in flags)  # then at least one step is left for an update
+        most |= dict.fromkeys(("num_envs", "train_frequency", "learning_starts"), last)
+    for name, value in flags.items():
         flag = f"--{name.replace('_', '-')}"
         if name in KEPT and value != saved.get(name, value):
             raise ValueError(f"{flag}: a resumed run keeps {saved[name]}, got {value}; leave it out, or start a new run")
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
-        least = int(isinstance(value, int) and name not in zero)
+        least = int(isinstance(value, int) and name not in (*MAY_BE_ZERO, *zero))
         largest = most.get(name, np.inf if isinstance(value, int) or name == "max_grad_norm" else 1e6)
         if not value >= least:
             raise ValueError(f"{flag}: expected at least {least}, got {value}; raise it")
         if value > largest:
             raise ValueError(f"{flag}: expected at most {largest:,}, got {value}; lower it")
+    if steps and steps < (rollout := flags["num_envs"] * flags.get("num_steps", 1)):
+        raise ValueError(f"--total-timesteps {steps}: expected one rollout at least, {rollout}; raise it")
+    if "r_min" in flags and not 0 <= args.r_min <= args.r_max <= 1:
+        got = f"{args.r_min} and {args.r_max}"
+        raise ValueError(f"--r-min, --r-max: expected 0 <= r_min <= r_max <= 1, got {got}; change them")
+    if flags.get("cuda") and not torch.cuda.is_available():
+        raise ValueError("--cuda: expected a CUDA device, PyTorch finds none; drop the flag, or resume with --no-cuda")
+
+
+@contextlib.contextmanager
+def env_errors(env_id):
+    """Whatever an environment raises while it is made becomes a ValueError that names the flags that made it."""
+    try:
+        yield
+    except Exception as error:
+        what = f"--env-id {env_id}: cannot be made and flattened with these --env-kwargs and --capture-video"
+        raise ValueError(f"{what}: {error!r}; change them, or take in make_env a part of the observation") from error
 
 
 def new_run_dir(name):
@@ -278,7 +309,7 @@ def load(path, script, args):
     return saved
 
 
-def checkpoint(path, content, envs):
+def checkpoint(path, content, envs, stop=()):
     """Begins a checkpoint before a step, which shows whether copies of the environments go on as they do; ends it after.
 
     Args:
@@ -287,6 +318,7 @@ def checkpoint(path, content, envs):
             cannot be saved, which is printed as often as that becomes true. content["state"]["rng"] may be drawn from in the
             step; other variables must stay as they are.
         envs: a vector environment, of `AutoresetMode.SAME_STEP`.
+        stop: what `catch_stop_signals` returned, if `finish` is to end a process that was asked to end.
     Returns: `finish(actions, outcome)`, which saves, for the actions of the step and for what `envs.step` returned.
     """
     content["state"]["rng"] = copy.deepcopy(content["state"]["rng"])
@@ -304,6 +336,9 @@ def checkpoint(path, content, envs):
             )
         (_unsaved.add if why else _unsaved.discard)(path)
         save(path, content)
+        if stop:
+            print(f"stopped; --resume {os.path.dirname(path)} goes on from step {content['state']['global_step']:,}")
+            sys.exit(128 + stop[0])
 
     return finish
 

@@ -425,9 +425,8 @@ if __name__ == "__main__":
     if run_dir:
         saved = load(os.path.join(run_dir, "checkpoint.pt" if args.resume else "model.pt"), script, args)
         args = tyro.cli(Args, default=Args(**saved["args"]))  # the run's own flags, unless given again
-    most = dict.fromkeys("exploration_fraction learning_rate final_rate label_smoothing mem_grad_scale".split(), 1)
-    most |= {"seed": 10**9, "room_size": 99}
-    zero = "seed checkpoint_interval warmup_updates chunk_length context_length".split() + ["eval_runs"] * (not args.evaluate)
+    most = dict.fromkeys("final_rate label_smoothing mem_grad_scale".split(), 1) | {"room_size": 99}
+    zero = "warmup_updates chunk_length context_length".split() + ["eval_runs"] * (not args.evaluate)
     check_flags(args, zero, most, saved["args"] if args.resume else {})
     if args.room_size % 2 == 0 or args.room_size < 3:
         raise ValueError(f"--room-size {args.room_size}: expected an odd number from 3; a room has a centre; raise it by one")
@@ -450,8 +449,6 @@ if __name__ == "__main__":
         if value != getattr(args, name, None) and not (args.evaluate and name in kept[5:9]):
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(f"{flag}: this run keeps {value}, got {getattr(args, name)}; leave it out, or start a new run")
-    if args.cuda and not torch.cuda.is_available():
-        raise ValueError("--cuda: expected a CUDA device, PyTorch finds none; drop the flag, or resume with --no-cuda")
     # no tune_cpu() here: its setting for matrix products makes attention on a CPU several times slower
     torch.set_num_threads(int(os.getenv("OMP_NUM_THREADS", 1)))
     # TRY NOT TO MODIFY: seeding

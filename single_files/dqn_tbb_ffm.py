@@ -37,9 +37,11 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 try:
-    from cleanrl_memoroid.runs import Checked, catch_stop_signals, check_flags, checkpoint, load, new_run_dir, save
+    from cleanrl_memoroid.runs import Checked, catch_stop_signals, check_flags, checkpoint, env_errors, load, new_run_dir, save
     from cleanrl_memoroid.scan import linear_scan, tune_cpu
 except ImportError:  # alone, this file computes the same, more slowly, and trusts flags, files and environments
+    from contextlib import nullcontext as env_errors
+
     linear_scan, tune_cpu, catch_stop_signals, check_flags = None, lambda: None, lambda on=True: [], lambda *_: None
     Checked, load = lambda env, idx: env, lambda path, *_: torch.load(path, "cpu", weights_only="model.pt" in path)
     new_run_dir = "runs/{}".format
@@ -48,7 +50,7 @@ except ImportError:  # alone, this file computes the same, more slowly, and trus
         torch.save(content, f"{path}.partial")
         os.replace(f"{path}.partial", path)
 
-    def checkpoint(path, content, envs):
+    def checkpoint(path, content, envs, stop):
         try:
             content["envs"] = cloudpickle.dumps((envs.envs, random.getstate(), np.random.get_state(), torch.get_rng_state()))
         except Exception as error:  # whatever an environment raises
@@ -336,12 +338,7 @@ if __name__ == "__main__":
         saved = load(path, script, args)
         args = tyro.cli(Args, default=Args(**{**saved["args"], "env_kwargs": {}}))  # the run's own flags, unless given again
         args.env_kwargs = args.env_kwargs or saved["args"]["env_kwargs"]
-    most = dict.fromkeys("gamma tau start_e end_e exploration_fraction learning_rate".split(), 1) | {"seed": 10**9}
-    most |= dict.fromkeys(("num_envs", "train_frequency", "learning_starts"), args.total_timesteps - 1)
-    zero = "seed checkpoint_interval learning_starts burn_in".split() + ["eval_episodes"] * (not args.evaluate)
-    check_flags(args, zero, most, saved["args"] if args.resume else {})
-    if args.cuda and not torch.cuda.is_available():
-        raise ValueError("--cuda: expected a CUDA device, PyTorch finds none; drop the flag, or resume with --no-cuda")
+    check_flags(args, ["eval_episodes"] * (not args.evaluate), saved=saved["args"] if args.resume else {})
     torch.set_num_threads(int(os.getenv("OMP_NUM_THREADS", 1)))  # more are slower, unless networks are large and cores idle
     tune_cpu()
     # TRY NOT TO MODIFY: seeding
@@ -352,14 +349,10 @@ if __name__ == "__main__":
     # env setup
     make = [args.env_id, args.env_kwargs, args.prev_action]
     # TBB: in the step that ends an episode, next_obs is already the first one of the next episode; infos has the final one
-    try:
+    with env_errors(args.env_id):  # they name the flags
         envs = gym.vector.SyncVectorEnv([make_env(*make, i) for i in range(args.num_envs)], autoreset_mode="SameStep")
         if args.capture_video:  # if it cannot be recorded, say so before training
             make_env(*make, 0, "videos")().close()
-    except Exception as error:  # whatever an environment raises
-        what = f"--env-id {args.env_id}: cannot be made and flattened with these --env-kwargs and --capture-video"
-        raise ValueError(f"{what}: {error!r}; change them, or take in make_env a part of the observation") from error
-
     q_network, target_network = QNetwork(envs, args).to(device), QNetwork(envs, args).to(device)
     target_network.load_state_dict(q_network.state_dict())
     if saved:
@@ -369,9 +362,8 @@ if __name__ == "__main__":
             raise ValueError(f"--env-id {args.env_id}, or sizes of layers: not those of the network in {path}; leave them out")
     run_dir = run_dir or new_run_dir(f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-"))
     run_name = "".join(c if c.isalnum() or c in "._-" else "-" for c in os.path.basename(os.path.abspath(run_dir)))
-    eval_fns = [make_env(*make, i) for i in range(args.eval_episodes)]
-    if args.capture_video:
-        eval_fns[:1] = [make_env(*make, 0, f"videos/{run_name}")]
+    video = f"videos/{run_name}" if args.capture_video else None
+    eval_fns = [make_env(*make, i, video if i == 0 else None) for i in range(args.eval_episodes)]
     if args.evaluate:
         q_network.load_state_dict(weights)
         evaluate(q_network, eval_fns, args)
@@ -398,10 +390,9 @@ if __name__ == "__main__":
         globals().update(saved["state"])
         where = [saved["args"][name] == getattr(args, name) for name in ("env_id", "env_kwargs", "prev_action", "num_envs")]
     if saved and saved.get("envs") and all(where):
-        envs.envs, python_state, numpy_state, torch_state = cloudpickle.loads(saved["envs"])
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-        torch.set_rng_state(torch_state)
+        envs.envs, *random_states = cloudpickle.loads(saved["envs"])
+        for set_state, value in zip((random.setstate, np.random.set_state, torch.set_rng_state), random_states):
+            set_state(value)
     else:
         if saved:
             print("the environments are new or could not be saved: new episodes begin, the run differs from one never stopped")
@@ -420,7 +411,7 @@ if __name__ == "__main__":
         if due:
             writer.flush()  # before the checkpoint: a resumed run logs only what comes after it
             content = {"script": script, "args": asdict(args), "state": {name: globals()[name] for name in state}}
-            finish = checkpoint(f"{run_dir}/checkpoint.pt", content, envs)
+            finish = checkpoint(f"{run_dir}/checkpoint.pt", content, envs, stop)
         # ALGO LOGIC: put action logic here
         exploration = args.learning_starts, args.learning_starts + args.exploration_fraction * args.total_timesteps
         epsilon = np.interp(global_step, exploration, (args.start_e, args.end_e), left=1.0)
@@ -432,9 +423,6 @@ if __name__ == "__main__":
         outcome = next_obs, rewards, terminations, truncations, infos = envs.step(taken)
         if due:
             finish(taken, outcome)  # the step has shown whether a copy of the environments goes on as they do
-            if stop:
-                print(f"stopped; --resume {run_dir} goes on from step {global_step:,}")
-                sys.exit(128 + stop[0])
         global_step += args.num_envs
         begins = terminations | truncations
         # TBB: save data to the tape buffer, one whole episode at a time, with its final observation

@@ -194,8 +194,6 @@ class LRU(nn.Module):
 
     def __init__(self, width, state_size, r_min, r_max):
         super().__init__()
-        if not 0 <= r_min <= r_max <= 1:
-            raise ValueError(f"--r-min, --r-max: expected 0 <= r_min <= r_max <= 1, got {r_min} and {r_max}; change them")
         radius = torch.empty(state_size).uniform_(r_min**2, r_max**2).clamp(1e-6, 1 - 1e-6) ** 0.5  # uniform on the ring
         self.norm = nn.LayerNorm(width)
         self.nu = nn.Parameter(torch.log(-torch.log(radius)))
@@ -402,15 +400,10 @@ if __name__ == "__main__":
         saved = load(path, script, args)
         args = tyro.cli(Args, default=Args(**{**saved["args"], "env_kwargs": {}}))  # the run's own flags, unless given again
         args.env_kwargs = args.env_kwargs or saved["args"]["env_kwargs"]
-    most = dict.fromkeys("gamma tau start_e end_e exploration_fraction learning_rate".split(), 1) | {"seed": 10**9}
-    most |= dict.fromkeys(("num_envs", "train_frequency", "learning_starts"), args.total_timesteps - 1)
-    zero = "seed checkpoint_interval learning_starts".split() + ["eval_episodes"] * (not args.evaluate)
-    check_flags(args, zero, most, {"seed": saved["args"]["seed"]} if args.resume else {})
+    check_flags(args, ["eval_episodes"] * (not args.evaluate), saved={"seed": saved["args"]["seed"]} if args.resume else {})
     if args.buffer_size < (least := args.num_envs * (args.max_episode_steps + 1)):  # games that all last to the limit fit
         remedy = "raise it, or lower --max-episode-steps or --num-envs"
         raise ValueError(f"--buffer-size: expected at least {least}, got {args.buffer_size}; {remedy}")
-    if args.cuda and not torch.cuda.is_available():
-        raise ValueError("--cuda: expected a CUDA device, PyTorch finds none; drop the flag, or resume with --no-cuda")
     if args.tape_device not in (None, "cpu", *["cuda"] * args.cuda):
         raise ValueError(f"--tape-device: expected cpu, or with --cuda cuda, got {args.tape_device}; leave it out")
     torch.set_num_threads(int(os.getenv("OMP_NUM_THREADS", 1)))  # more are slower, unless networks are large and cores idle

@@ -38,9 +38,11 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 try:
-    from cleanrl_memoroid.runs import Checked, catch_stop_signals, check_flags, checkpoint, load, new_run_dir, save
+    from cleanrl_memoroid.runs import Checked, catch_stop_signals, check_flags, checkpoint, env_errors, load, new_run_dir, save
     from cleanrl_memoroid.scan import linear_scan, tune_cpu
 except ImportError:  # alone, this file computes the same, more slowly, and trusts flags, files and environments
+    from contextlib import nullcontext as env_errors
+
     linear_scan, tune_cpu, catch_stop_signals, check_flags = None, lambda: None, lambda on=True: [], lambda *_: None
     Checked, load = lambda env, idx: env, lambda path, *_: torch.load(path, "cpu", weights_only="model.pt" in path)
     new_run_dir = "runs/{}".format
@@ -49,7 +51,7 @@ except ImportError:  # alone, this file computes the same, more slowly, and trus
         torch.save(content, f"{path}.partial")
         os.replace(f"{path}.partial", path)
 
-    def checkpoint(path, content, envs):
+    def checkpoint(path, content, envs, stop):
         try:
             content["envs"] = cloudpickle.dumps((envs.envs, random.getstate(), np.random.get_state(), torch.get_rng_state()))
         except Exception as error:  # whatever an environment raises
@@ -353,16 +355,11 @@ if __name__ == "__main__":
         saved = load(path, script, args)
         args = tyro.cli(Args, default=Args(**{**saved["args"], "env_kwargs": {}}))  # the run's own flags, unless given again
         args.env_kwargs = args.env_kwargs or saved["args"]["env_kwargs"]
-    most = dict.fromkeys("gamma gae_lambda learning_rate".split(), 1) | {"seed": 10**9, "num_envs": args.total_timesteps}
-    zero = "seed checkpoint_interval max_prefix".split() + ["eval_episodes"] * (not args.evaluate)
-    check_flags(args, zero, most, saved["args"] if args.resume else {})
+    check_flags(args, ["eval_episodes"] * (not args.evaluate), saved=saved["args"] if args.resume else {})
     if args.num_envs % args.num_minibatches:  # a minibatch is made of whole environments
         raise ValueError(f"--num-minibatches {args.num_minibatches}: expected a divisor of --num-envs {args.num_envs}")
     batch_size = args.num_envs * args.num_steps
-    if (num_iterations := args.total_timesteps // batch_size) == 0:
-        raise ValueError(f"--total-timesteps {args.total_timesteps}: expected one rollout at least, {batch_size}; raise it")
-    if args.cuda and not torch.cuda.is_available():
-        raise ValueError("--cuda: expected a CUDA device, PyTorch finds none; drop the flag, or resume with --no-cuda")
+    num_iterations = args.total_timesteps // batch_size
     torch.set_num_threads(int(os.getenv("OMP_NUM_THREADS", 1)))  # more are slower, unless networks are large and cores idle
     tune_cpu()
     # TRY NOT TO MODIFY: seeding
@@ -373,14 +370,10 @@ if __name__ == "__main__":
     # env setup
     make = [args.env_id, args.env_kwargs, args.prev_action]
     # TBB: in the step that ends an episode, next_obs is already the first one of the next episode; infos has the final one
-    try:
+    with env_errors(args.env_id):  # they name the flags
         envs = gym.vector.SyncVectorEnv([make_env(*make, i) for i in range(args.num_envs)], autoreset_mode="SameStep")
         if args.capture_video:  # if it cannot be recorded, say so before training
             make_env(*make, 0, "videos")().close()
-    except Exception as error:  # whatever an environment raises
-        what = f"--env-id {args.env_id}: cannot be made and flattened with these --env-kwargs and --capture-video"
-        raise ValueError(f"{what}: {error!r}; change them, or take in make_env a part of the observation") from error
-
     agent = Agent(envs, args).to(device)
     if saved:
         saved = torch.load(path, map_location=device, weights_only=not args.resume) if args.cuda else saved
@@ -389,9 +382,8 @@ if __name__ == "__main__":
             raise ValueError(f"--env-id {args.env_id}, or sizes of layers: not those of the network in {path}; leave them out")
     run_dir = run_dir or new_run_dir(f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-"))
     run_name = "".join(c if c.isalnum() or c in "._-" else "-" for c in os.path.basename(os.path.abspath(run_dir)))
-    eval_fns = [make_env(*make, i) for i in range(args.eval_episodes)]
-    if args.capture_video:
-        eval_fns[:1] = [make_env(*make, 0, f"videos/{run_name}")]
+    video = f"videos/{run_name}" if args.capture_video else None
+    eval_fns = [make_env(*make, i, video if i == 0 else None) for i in range(args.eval_episodes)]
     if args.evaluate:
         agent.load_state_dict(weights)
         evaluate(agent, eval_fns, args)
@@ -411,29 +403,27 @@ if __name__ == "__main__":
         Path(run_dir, script).write_text(source, "utf-8")
     stop = catch_stop_signals()  # empty until Ctrl-C or SIGTERM asks for an end
     # TRY NOT TO MODIFY: start the game
-    next_obs, _ = envs.reset(seed=args.seed)
-    next_begins = np.ones(args.num_envs, bool)  # is next_obs[i] the first of its episode?
-    recurrent_state = agent.memory.initial_state(args.num_envs)
-    obs, begins = np.zeros((args.num_steps, *next_obs.shape), np.float32), np.zeros((args.num_steps, args.num_envs), bool)
-    carried_tape = CarriedTape(obs, recurrent_state)
-    discounted, return_rms = np.zeros(args.num_envs), gym.wrappers.utils.RunningMeanStd()  # of rewards, for --norm-reward
+    obs = np.zeros((args.num_steps, *envs.observation_space.shape), np.float32)
+    begins = np.zeros((args.num_steps, args.num_envs), bool)
+    return_rms = gym.wrappers.utils.RunningMeanStd()  # of the discounted returns so far, for --norm-reward
     global_step = 0
     # the variables that a checkpoint holds, pickled together, so that the optimizer keeps its hold on the agent's weights
     state = "agent optimizer carried_tape rng global_step next_obs next_begins recurrent_state discounted return_rms".split()
     if saved:
         globals().update(saved["state"])
         where = [saved["args"][name] == getattr(args, name) for name in ("env_id", "env_kwargs", "prev_action", "num_envs")]
-        if saved.get("envs") and all(where):
-            envs.envs, python_state, numpy_state, torch_state = cloudpickle.loads(saved["envs"])
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
-            torch.set_rng_state(torch_state)
-        else:
+    if saved and saved.get("envs") and all(where):
+        envs.envs, *random_states = cloudpickle.loads(saved["envs"])
+        for set_state, value in zip((random.setstate, np.random.set_state, torch.set_rng_state), random_states):
+            set_state(value)
+    else:
+        if saved:
             print("the environments are new or could not be saved: new episodes begin, the run differs from one never stopped")
-            next_obs, _ = envs.reset(seed=int(rng.integers(2**31)))
-            next_begins, discounted = np.ones(args.num_envs, bool), np.zeros(args.num_envs)
-            recurrent_state = agent.memory.initial_state(args.num_envs)
-            carried_tape = CarriedTape(obs, recurrent_state)
+        next_obs, _ = envs.reset(seed=int(rng.integers(2**31)) if saved else args.seed)
+        next_begins = np.ones(args.num_envs, bool)  # is next_obs[i] the first of its episode?
+        discounted = np.zeros(args.num_envs)
+        recurrent_state = agent.memory.initial_state(args.num_envs)
+        carried_tape = CarriedTape(obs, recurrent_state)
     # ALGO Logic: Storage setup
     logprobs, values, bootstraps = torch.zeros(3, args.num_steps, args.num_envs, device=device)
     gains, ends = np.zeros(begins.shape, np.float32), np.zeros(begins.shape, bool)  # rewards, ends; moved once a rollout
@@ -448,9 +438,8 @@ if __name__ == "__main__":
         if due:
             writer.flush()  # before the checkpoint: a resumed run logs only what comes after it
             content = {"script": script, "args": asdict(args), "state": {name: globals()[name] for name in state}}
-            finish = checkpoint(f"{run_dir}/checkpoint.pt", content, envs)
-        anneal = 1 - (iteration - 1) / num_iterations if args.anneal_lr else 1
-        optimizer.param_groups[0]["lr"] = anneal * args.learning_rate
+            finish = checkpoint(f"{run_dir}/checkpoint.pt", content, envs, stop)
+        optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (iteration - 1) / num_iterations if args.anneal_lr else 1)
         actions = []  # [S] of [N, D]
         noise = rng.gumbel(size=(*begins.shape, len(agent.nvec), max(agent.nvec))).astype(np.float32)
         noise = torch.from_numpy(noise).to(device)  # of all steps at once: every transfer to a device waits for it
@@ -467,9 +456,6 @@ if __name__ == "__main__":
             outcome = next_obs, reward, terminations, truncations, infos = envs.step(taken)
             if due and step == 0:
                 finish(taken, outcome)  # the step has shown whether a copy of the environments goes on as they do
-                if stop:
-                    print(f"stopped; --resume {run_dir} goes on from step {global_step - args.num_envs:,}")
-                    sys.exit(128 + stop[0])
             next_begins = terminations | truncations
             discounted = discounted * args.gamma + reward
             return_rms.update(discounted)

@@ -261,8 +261,6 @@ class GatedLRU(nn.Module):
 
     def __init__(self, width, state_size, r_min, r_max):
         super().__init__()
-        if not 0 <= r_min <= r_max <= 1:
-            raise ValueError(f"--r-min, --r-max: expected 0 <= r_min <= r_max <= 1, got {r_min} and {r_max}; change them")
         radius = torch.empty(state_size).uniform_(r_min**2, r_max**2).clamp(1e-6, 1 - 1e-6) ** 0.5  # uniform on the ring
         self.norm = nn.LayerNorm(width)
         self.nu = nn.Parameter(torch.log(-torch.log(radius)))
@@ -440,16 +438,11 @@ if __name__ == "__main__":
         saved = load(path, script, args)
         args = tyro.cli(Args, default=Args(**{**saved["args"], "env_kwargs": {}}))  # the run's own flags, unless given again
         args.env_kwargs = args.env_kwargs or saved["args"]["env_kwargs"]
-    most = dict.fromkeys("gamma gae_lambda learning_rate".split(), 1) | {"seed": 10**9, "num_envs": args.total_timesteps}
-    zero = "seed checkpoint_interval max_prefix".split() + ["eval_episodes"] * (not args.evaluate)
-    check_flags(args, zero, most, {"seed": saved["args"]["seed"]} if args.resume else {})
+    check_flags(args, ["eval_episodes"] * (not args.evaluate), saved={"seed": saved["args"]["seed"]} if args.resume else {})
     if args.num_envs % args.num_minibatches:  # a minibatch is made of whole environments
         raise ValueError(f"--num-minibatches {args.num_minibatches}: expected a divisor of --num-envs {args.num_envs}")
     batch_size = args.num_envs * args.num_steps
-    if (num_iterations := args.total_timesteps // batch_size) == 0:
-        raise ValueError(f"--total-timesteps {args.total_timesteps}: expected one rollout at least, {batch_size}; raise it")
-    if args.cuda and not torch.cuda.is_available():
-        raise ValueError("--cuda: expected a CUDA device, PyTorch finds none; drop the flag, or resume with --no-cuda")
+    num_iterations = args.total_timesteps // batch_size
     torch.set_num_threads(int(os.getenv("OMP_NUM_THREADS", 1)))  # more are slower, unless networks are large and cores idle
     tune_cpu()
     # TRY NOT TO MODIFY: seeding

@@ -40,9 +40,11 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 try:
-    from cleanrl_memoroid.runs import Checked, catch_stop_signals, check_flags, checkpoint, load, new_run_dir, save
+    from cleanrl_memoroid.runs import Checked, catch_stop_signals, check_flags, checkpoint, env_errors, load, new_run_dir, save
     from cleanrl_memoroid.scan import linear_scan, tune_cpu
 except ImportError:  # alone, this file computes the same, more slowly, and trusts flags, files and environments
+    from contextlib import nullcontext as env_errors
+
     linear_scan, tune_cpu, catch_stop_signals, check_flags = None, lambda: None, lambda on=True: [], lambda *_: None
     Checked, load = lambda env, idx: env, lambda path, *_: torch.load(path, "cpu", weights_only="model.pt" in path)
     new_run_dir = "runs/{}".format
@@ -233,8 +235,6 @@ class LRU(nn.Module):
 
     def __init__(self, width, state_size, r_min, r_max):
         super().__init__()
-        if not 0 <= r_min <= r_max <= 1:
-            raise ValueError(f"--r-min, --r-max: expected 0 <= r_min <= r_max <= 1, got {r_min} and {r_max}; change them")
         radius = torch.empty(state_size).uniform_(r_min**2, r_max**2).clamp(1e-6, 1 - 1e-6) ** 0.5  # uniform on the ring
         self.norm = nn.LayerNorm(width)
         self.nu = nn.Parameter(torch.log(-torch.log(radius)))
@@ -433,14 +433,11 @@ if __name__ == "__main__":
         saved = load(path, script, args)
         args = tyro.cli(Args, default=Args(**{**saved["args"], "env_kwargs": {}}))  # the run's own flags, unless given again
         args.env_kwargs = args.env_kwargs or saved["args"]["env_kwargs"]
-    most = dict.fromkeys("gamma gae_lambda learning_rate".split(), 1) | {"seed": 10**9, "num_envs": args.total_timesteps}
-    zero = "seed checkpoint_interval max_prefix".split() + ["eval_episodes"] * (not args.evaluate)
-    check_flags(args, zero, most, saved["args"] if args.resume else {})
+    check_flags(args, ["eval_episodes"] * (not args.evaluate), saved=saved["args"] if args.resume else {})
     if args.num_envs % (parts := args.num_minibatches * world_size):  # as many whole environments of each process in all
         raise ValueError(f"--num-envs {args.num_envs}: expected a multiple of {parts}, minibatches x processes; raise it")
     batch_size = args.num_envs * args.num_steps
-    if (num_iterations := args.total_timesteps // batch_size) == 0:
-        raise ValueError(f"--total-timesteps {args.total_timesteps}: expected one rollout at least, {batch_size}; raise it")
+    num_iterations = args.total_timesteps // batch_size
     if args.cuda and torch.cuda.device_count() <= local_rank:
         found = torch.cuda.device_count()
         raise ValueError(f"--cuda: expected a GPU for each process, got {found}; start fewer, or --no-cuda")
@@ -455,16 +452,12 @@ if __name__ == "__main__":
     num_envs = args.num_envs // world_size  # of this process
     make = [args.env_id, args.env_kwargs, args.prev_action]
     # TBB: in the step that ends an episode, next_obs is already the first one of the next episode; infos has the final one
-    try:
+    with env_errors(args.env_id):  # they name the flags
         envs = gym.vector.SyncVectorEnv(
             [make_env(*make, rank * num_envs + i) for i in range(num_envs)], autoreset_mode="SameStep"
         )
         if args.capture_video:  # if it cannot be recorded, say so before training
             make_env(*make, 0, "videos")().close()
-    except Exception as error:  # whatever an environment raises
-        what = f"--env-id {args.env_id}: cannot be made and flattened with these --env-kwargs and --capture-video"
-        raise ValueError(f"{what}: {error!r}; change them, or take in make_env a part of the observation") from error
-
     agent = Agent(envs, args).to(device)
     if saved:
         saved = torch.load(path, map_location=device, weights_only=not args.resume) if args.cuda else saved
@@ -481,9 +474,8 @@ if __name__ == "__main__":
         dist.broadcast_object_list(names, device=device)
         (run_dir,) = names
     run_name = "".join(c if c.isalnum() or c in "._-" else "-" for c in os.path.basename(os.path.abspath(run_dir)))
-    eval_fns = [make_env(*make, i) for i in range(args.eval_episodes)]
-    if args.capture_video:
-        eval_fns[:1] = [make_env(*make, 0, f"videos/{run_name}")]
+    video = f"videos/{run_name}" if args.capture_video else None
+    eval_fns = [make_env(*make, i, video if i == 0 else None) for i in range(args.eval_episodes)]
     if args.evaluate:
         agent.load_state_dict(weights)
         evaluate(agent, eval_fns, args)
@@ -522,10 +514,9 @@ if __name__ == "__main__":
         globals().update(saved["state"])
         where = [saved["args"][name] == getattr(args, name) for name in ("env_id", "env_kwargs", "prev_action", "num_envs")]
         if as_before and saved.get("envs") and all(where):
-            envs.envs, python_state, numpy_state, torch_state = cloudpickle.loads(saved["envs"])
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
-            torch.set_rng_state(torch_state)
+            envs.envs, *random_states = cloudpickle.loads(saved["envs"])
+            for set_state, value in zip((random.setstate, np.random.set_state, torch.set_rng_state), random_states):
+                set_state(value)
         else:
             print("the environments are new or could not be saved: new episodes begin, the run differs from one never stopped")
             rng = np.random.default_rng((args.seed, rank, global_step))
@@ -554,8 +545,7 @@ if __name__ == "__main__":
             content |= {"slot": iteration % 2, "world_size": world_size}
             path = f"{run_dir}/checkpoint.pt" if rank == 0 else f"{run_dir}/checkpoint-{rank}-{iteration % 2}.pt"
             finish = checkpoint(path, content, envs)
-        anneal = 1 - (iteration - 1) / num_iterations if args.anneal_lr else 1
-        optimizer.param_groups[0]["lr"] = anneal * args.learning_rate
+        optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (iteration - 1) / num_iterations if args.anneal_lr else 1)
         actions = []  # [S] of [N, D]
         noise = rng.gumbel(size=(*begins.shape, len(agent.nvec), max(agent.nvec))).astype(np.float32)
         noise = torch.from_numpy(noise).to(device)  # of all steps at once: every transfer to a device waits for it

@@ -189,7 +189,7 @@ def test_the_file_alone_runs(tmp_path, script):
         (ATARI, "--env-kwargs img_height 43", "--env-kwargs img_height: expected at least 44, got 43"),
         (ATARI, "--cuda", "--cuda: expected a CUDA device, PyTorch finds none; drop the flag"),
         (MULTIGPU, "--num-envs 6", "--num-envs 6: expected a multiple of 4, minibatches x processes; raise it"),
-        (MULTIGPU, "--cuda", "--cuda: expected a GPU for each process, got 0; start fewer, or --no-cuda"),
+        (MULTIGPU, "--cuda", "--cuda: expected a CUDA device, PyTorch finds none; drop the flag"),
     ],
 )
 def test_errors_say_what_to_do(tmp_path, script, flags, message):
