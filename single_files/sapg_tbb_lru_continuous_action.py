@@ -1,9 +1,8 @@
 # docs: docs/sapg.md
 # Variant of single_files/ppo_tbb_lru_continuous_action.py. Changed: imports, Args (was Args.clip_vloss), Args.env_id,
 #   Args.total_timesteps, Args.learning_rate, Args.num_envs, Args.num_steps, Args.anneal_lr, Args.gamma, Args.norm_reward,
-#   Args.norm_adv, Args.ent_coef, HillCar (was Sections), CarriedColumns (was CarriedTape), ColumnLRU, Network (were LRU,
-#   StackedLRU), Agent, log_prob, kl_divergence, policy_loss, borrowed_columns, n_step, values_of_next, make_envs, evaluate,
-#   __main__
+#   Args.norm_adv, Args.ent_coef, HillCar (was Sections), CarriedColumns (was CarriedTape), ColumnLRU (was LRU), Agent
+#   (was StackedLRU), log_prob, kl_divergence, policy_loss, borrowed_columns, values_of_next, make_envs, evaluate, __main__
 # SAPG: Singla, Agarwal, Pathak (2024), "SAPG: Split and Aggregate Policy Gradients", https://arxiv.org/abs/2407.20230
 # Memory and tape: Morad et al. (2024), "Recurrent Reinforcement Learning with Memoroids", https://arxiv.org/abs/2402.09900
 # LRU: Orvieto et al. (2023), "Resurrecting Recurrent Neural Networks for Long Sequences", https://arxiv.org/abs/2303.06349
@@ -28,7 +27,6 @@ numbers of an action, L latent vector, H width, P complex numbers of memory; tim
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.6,<2.14","gymnasium>=1.1","popgym>=1.0.7","tyro>=0.9","numpy","cloudpickle","tensorboard","tqdm"]
 # ///
-import copy
 import os
 import random
 import sys
@@ -49,9 +47,11 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 try:
-    from cleanrl_memoroid.runs import Checked, catch_stop_signals, check_flags, checkpoint, load, new_run_dir, save
+    from cleanrl_memoroid.runs import Checked, catch_stop_signals, check_flags, checkpoint, env_errors, load, new_run_dir, save
     from cleanrl_memoroid.scan import linear_scan, tune_cpu
 except ImportError:  # alone, this file computes the same, more slowly, and trusts flags, files and environments
+    from contextlib import nullcontext as env_errors
+
     linear_scan, tune_cpu, catch_stop_signals, check_flags = None, lambda: None, lambda on=True: [], lambda *_: None
     Checked, load = lambda env, idx: env, lambda path, *_: torch.load(path, "cpu", weights_only="model.pt" in path)
     new_run_dir = "runs/{}".format
@@ -60,7 +60,7 @@ except ImportError:  # alone, this file computes the same, more slowly, and trus
         torch.save(content, f"{path}.partial")
         os.replace(f"{path}.partial", path)
 
-    def checkpoint(path, content, envs):
+    def checkpoint(path, content, envs, stop):
         try:
             content["envs"] = cloudpickle.dumps((envs.envs, random.getstate(), np.random.get_state(), torch.get_rng_state()))
         except Exception as error:  # whatever an environment raises
@@ -119,8 +119,6 @@ class Args:
     importance: Literal["mu", "one", "naive"] = "mu"  # clip around mu (paper), around 1 (authors' code), no weight at all
     off_policy_ratio: int = 1  # the leader borrows so many blocks' worth of environments
     borrow: Literal["union", "block"] = "union"  # the leader borrows from all followers, or from one at a time (their code)
-    target: Literal["gae", "3-step"] = "gae"  # of the values on own rows; on borrowed rows it is one step
-    sharing: Literal["latent", "disjoint"] = "latent"  # one network with a latent vector per policy, or M networks
     latent_at: Literal["input", "head"] = "input"  # where the latent vector joins: before the memory, or behind it
     latent_size: int = 16  # length of the latent vector
     borrowed_state: Literal["rescan", "stored"] = "rescan"  # memory before a borrowed rollout: the borrower's, the actor's
@@ -141,21 +139,18 @@ class HillCar(gym.vector.VectorEnv):
     first step of an episode only, says which top is worth 2 (-1: left, 1: right); the other one costs 1.
     """
 
-    envs = ()  # there is no list of environments to save: the cars are in the checkpoint themselves
+    envs = property(lambda self: self, lambda self, saved: vars(self).update(vars(saved)))  # what a checkpoint holds
 
     def __init__(self, num_envs, cue=False):
         self.num_envs, self.cue, self.spread, self.steps = num_envs, cue, False, 0
         self.metadata = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
-        self.single_observation_space = gym.spaces.Box(-np.inf, np.inf, (1 + cue,), np.float32)
-        self.single_action_space = gym.spaces.Box(-np.inf, np.inf, (1,), np.float32)
-        self.observation_space, self.action_space = (
-            gym.vector.utils.batch_space(space, num_envs)
-            for space in (self.single_observation_space, self.single_action_space)
-        )
+        spaces = [gym.spaces.Box(-np.inf, np.inf, (size,)) for size in (1 + cue, 1)]
+        self.single_observation_space, self.single_action_space = spaces
+        self.observation_space, self.action_space = (gym.vector.utils.batch_space(space, num_envs) for space in spaces)
 
     def reset(self, *, seed=None, options=None):
         self.rng = np.random.default_rng(seed)
-        self.x, self.v, self.side = np.zeros((3, self.num_envs))
+        self.x, self.v, self.side, self.returns, self.lengths = np.zeros((5, self.num_envs))
         self.t = np.zeros(self.num_envs, int)
         self.visited = np.zeros((40, 40), bool)  # of [-1.2, 1.2] x [-2.4, 2.4], position and speed
         self.begin(np.ones(self.num_envs, bool))
@@ -166,6 +161,7 @@ class HillCar(gym.vector.VectorEnv):
     def begin(self, which):
         count = which.sum()
         self.x[which], self.v[which], self.t[which] = self.rng.uniform(-0.1, 0.1, count), 0, 0
+        self.returns[which], self.lengths[which] = 0, 0
         self.side[which] = self.rng.choice([-1, 1], count) if self.cue else 1
 
     def observe(self, begins):
@@ -186,9 +182,11 @@ class HillCar(gym.vector.VectorEnv):
         prize = np.where(self.x * self.side > 1, 2, -1 if self.cue else 0)
         rewards = np.where(terminations, prize, 0) - 0.01 * push**2
         truncations = ~terminations & (self.t >= 64)
-        ended, final_obs = terminations | truncations, self.observe(np.zeros(self.num_envs, bool))
+        self.returns, self.lengths, ended = self.returns + rewards, self.lengths + 1, terminations | truncations
+        infos = {"final_obs": self.observe(np.zeros(self.num_envs, bool))}
+        infos["final_info"] = {"episode": {"r": self.returns.copy(), "l": self.lengths.copy()}}
         self.begin(ended)
-        return self.observe(ended), rewards, terminations, truncations, {"final_obs": final_obs}
+        return self.observe(ended), rewards, terminations, truncations, infos
 
     def coverage(self):
         """The share of positions and speeds that any car has been at since this was last asked."""
@@ -271,7 +269,13 @@ class CarriedColumns:
         """The memory before the next row of some environments, if policies `ids` read their rows. [E], [E] -> [E, P]"""
         if not len(self.begins):
             return self.state[columns]
-        return agent.remember(self.obs[:, columns], self.begins[:, columns], self.state[columns], ids)[-1]
+        return agent.remember(self.obs[:, columns], self.begins[:, columns], self.state[columns], ids)[0][-1]
+
+    @torch.no_grad()
+    def reread(self, agent, rollout, columns, ids, before=None):
+        """What policies `ids` make of a rollout (obs, begins) of some environments: as Agent.forward. [E], [E]"""
+        before = self.read(agent, columns, ids) if before is None else before
+        return agent(*(rows[:, columns] for rows in rollout), before, ids)
 
     def add(self, obs, begins, next_begins, max_prefix, agent, ids):
         """Appends a rollout, obs [S, N, O] and begins [S, N], and forgets the rows that no running episode needs."""
@@ -294,8 +298,6 @@ class ColumnLRU(nn.Module):
 
     def __init__(self, width, state_size, r_min, r_max):
         super().__init__()
-        if not 0 <= r_min <= r_max <= 1:
-            raise ValueError(f"--r-min, --r-max: expected 0 <= r_min <= r_max <= 1, got {r_min} and {r_max}; change them")
         radius = torch.empty(state_size).uniform_(r_min**2, r_max**2).clamp(1e-6, 1 - 1e-6) ** 0.5  # uniform on the ring
         self.norm = nn.LayerNorm(width)
         self.nu = nn.Parameter(torch.log(-torch.log(radius)))
@@ -338,76 +340,53 @@ class ColumnLRU(nn.Module):
         return associative_scan(resettable(self.operator, identity=(1, 0)), elems)[1]
 
 
-class Network(nn.Module):
-    """Encoder, memory and heads, of one policy or, told apart by latent vectors, of all."""
-
-    def __init__(self, obs_size, num_actions, latent_size, args):
-        super().__init__()
-        hidden = args.hidden_size
-        self.encoder = nn.Linear(obs_size, hidden)
-        self.latent = nn.Linear(latent_size, hidden, bias=False) if latent_size else None
-        self.memory = ColumnLRU(hidden, args.state_size, args.r_min, args.r_max)
-        self.norm = nn.LayerNorm(hidden)
-        self.behind = nn.Linear(hidden, hidden) if latent_size and args.latent_at == "head" else None
-        self.actor, self.critic = nn.Linear(hidden, num_actions), nn.Linear(hidden, 1)
-        self.encoder_norm = nn.LayerNorm(hidden)
-        for layer, std in ((self.actor, 0.01), (self.critic, 1.0)):
-            nn.init.orthogonal_(layer.weight, std)
-            nn.init.zeros_(layer.bias)
-
-    def remember(self, obs, begins, state, latent):
-        """The memory after every row [T, E, P], and what the readout needs besides. [T, E, O], [T, E], [E, P], [E, L]"""
-        encoded = self.encoder(obs)
-        if self.latent and not self.behind:
-            encoded = encoded + self.latent(latent)  # constant in time: computed once for a column
-        x, lifted = self.memory.lift(F.leaky_relu(self.encoder_norm(encoded)))
-        return self.memory.scan(x, begins, state), lifted
-
-    def forward(self, *rows):
-        """Mean actions [T, E, D], values [T, E], and the memory after every row [T, E, P]"""
-        states, lifted = self.remember(*rows)
-        markov_state = self.norm(self.memory.readout(states, lifted))
-        if self.behind:
-            markov_state = F.leaky_relu(self.behind(markov_state) + self.latent(rows[-1]))
-        return self.actor(markov_state), self.critic(markov_state).squeeze(-1), states
-
-
 # ALGO LOGIC: initialize agent here:
 class Agent(nn.Module):
-    """All policies: column e of a batch is read by policy ids[e]."""
+    """All policies in one network: column e of a batch is read by policy ids[e], which a latent vector tells it."""
 
     def __init__(self, envs, args):
         super().__init__()
-        obs_space, space = envs.single_observation_space, envs.single_action_space
+        obs_space, space, hidden = envs.single_observation_space, envs.single_action_space, args.hidden_size
         if not isinstance(space, gym.spaces.Box) or not np.issubdtype(space.dtype, np.floating):
             raise ValueError(f"--env-id: expected Box actions of floats, got {space}; no script has SAPG for finite choices")
         if len(obs_space.shape or ()) != 1:
             raise ValueError(f"--env-id: expected vector observations, got {obs_space}; flatten them, or edit this encoder")
-        num_actions, latent = int(np.prod(space.shape)), args.sharing == "latent"
-        sizes = obs_space.shape[0], num_actions, args.latent_size if latent else 0
-        self.networks = nn.ModuleList(Network(*sizes, args) for _ in range(1 if latent else args.num_policies))
-        self.latents = nn.Parameter(torch.randn(args.num_policies, args.latent_size)) if latent else None
-        self.log_std = nn.Parameter(torch.full((args.num_policies, num_actions), args.std_init).log())
-
-    def by_network(self, method, obs, begins, state, ids):
-        """Calls a method of each network on its columns, and puts the columns of what that returns in order again."""
-        if self.latents is not None:
-            return method(self.networks[0])(obs, begins, state, self.latents[ids])
-        columns = [(ids == i).nonzero()[:, 0] for i in range(len(self.networks))]
-        parts = [
-            method(net)(obs[:, own], begins[:, own], state[own], None) for net, own in zip(self.networks, columns) if len(own)
-        ]
-        order = torch.cat(columns).argsort()
-        return [torch.cat(part, 1)[:, order] for part in zip(*parts)]
+        actions = int(np.prod(space.shape))
+        self.encoder = nn.Linear(obs_space.shape[0], hidden)
+        self.latent = nn.Linear(args.latent_size, hidden, bias=False)
+        self.memory = ColumnLRU(hidden, args.state_size, args.r_min, args.r_max)
+        self.norm = nn.LayerNorm(hidden)
+        self.behind = nn.Linear(hidden, hidden) if args.latent_at == "head" else None
+        self.actor, self.critic = nn.Linear(hidden, actions), nn.Linear(hidden, 1)
+        self.encoder_norm = nn.LayerNorm(hidden)
+        for layer, std in ((self.actor, 0.01), (self.critic, 1.0)):
+            nn.init.orthogonal_(layer.weight, std)
+            nn.init.zeros_(layer.bias)
+        self.latents = nn.Parameter(torch.randn(args.num_policies, args.latent_size))
+        self.log_std = nn.Parameter(torch.full((args.num_policies, actions), args.std_init).log())
 
     def remember(self, obs, begins, state, ids):
-        """TBB: the memory after every row. [T, E, O], [T, E], [E, P], [E] -> [T, E, P] c64"""
-        return self.by_network(lambda network: lambda *rows: network.remember(*rows)[:1], obs, begins, state, ids)[0]
+        """TBB: the memory after every row [T, E, P], and what the readout needs besides. [T, E, O], [T, E], [E, P], [E]"""
+        encoded = self.encoder(obs)
+        if not self.behind:
+            encoded = encoded + self.latent(self.latents[ids])  # constant in time: computed once for a column
+        x, lifted = self.memory.lift(F.leaky_relu(self.encoder_norm(encoded)))
+        return self.memory.scan(x, begins, state), lifted
 
     def forward(self, obs, begins, state, ids):
         """TBB: (means [T, E, D], log_std [E, D]), values [T, E], memory after every row [T, E, P], of T rows of E columns."""
-        mean, values, states = self.by_network(lambda network: network, obs, begins, state, ids)
-        return (mean, self.log_std[ids]), values, states
+        states, lifted = self.remember(obs, begins, state, ids)
+        markov_state = self.norm(self.memory.readout(states, lifted))
+        if self.behind:
+            markov_state = F.leaky_relu(self.behind(markov_state) + self.latent(self.latents[ids]))
+        return (self.actor(markov_state), self.log_std[ids]), self.critic(markov_state).squeeze(-1), states
+
+    @torch.no_grad()
+    def step(self, obs, begins, state, ids):
+        """TBB: the same of one step of N environments, without time. [N, O], [N], [N, P], [N] -> [N, D], [N], [N, P]"""
+        obs, begins = torch.as_tensor(obs).to(ids.device, torch.float32), torch.as_tensor(begins).to(ids.device)
+        (mean, log_std), values, states = self(obs[None], begins[None], state, ids)
+        return (mean[0], log_std), values[0], states[0]
 
 
 def log_prob(policy, actions):
@@ -466,15 +445,6 @@ def gae(rewards, values, next_values, ended, gamma, gae_lambda):
     return associative_scan(operator, elems)[1].flip(0)
 
 
-def n_step(rewards, values, next_values, ended, gamma, steps=3):
-    """Advantages of n-step returns, A_n[t] = delta[t] + gamma A_(n-1)[t+1]; fewer steps before an end. [S, N]"""
-    delta = rewards + gamma * next_values - values
-    advantages = delta
-    for _ in range(steps - 1):
-        advantages = delta + gamma * F.pad(advantages[1:], (0, 0, 0, 1)).where(~ended, 0)
-    return advantages
-
-
 @torch.no_grad()
 def values_of_next(agent, rollout, values, states, columns, ids):
     """V(s') of what follows each row, for the policies that read the columns. [S, E], [S, E, P] -> [S, E]
@@ -482,13 +452,13 @@ def values_of_next(agent, rollout, values, states, columns, ids):
     That is the value of the next row; after a termination 0; after a truncation the value of the episode's final observation.
     """
     next_obs, next_begins, ended, cut_off, final_obs = rollout
-    last = agent(next_obs[None, columns], next_begins[None, columns], states[-1], ids)[1]
+    last = agent.step(next_obs[columns], next_begins[columns], states[-1], ids)[1]
     step, column = cut_off[:, columns].nonzero(as_tuple=True)
     final = torch.zeros_like(values)
     if len(step):
-        rows = final_obs[step, columns[column]][None], torch.zeros_like(step, dtype=torch.bool)[None]
-        final[step, column] = agent(*rows, states[step, column], ids[column])[1][0]
-    return torch.where(ended[:, columns], final, torch.cat([values[1:], last]))
+        rows = final_obs[step, columns[column]], torch.zeros_like(step, dtype=torch.bool)
+        final[step, column] = agent.step(*rows, states[step, column], ids[column])[1]
+    return torch.where(ended[:, columns], final, torch.cat([values[1:], last[None]]))
 
 
 def env_actions(envs, actions):
@@ -505,21 +475,17 @@ def make_envs(args, num_envs, video_folder=None):
     return gym.vector.SyncVectorEnv(fns, autoreset_mode="SameStep")
 
 
-@torch.no_grad()
 def evaluate(agent, envs, args):
     """Returns of the leader's greedy episodes, one in each environment: short ones do not count more often. [E]"""
-    seed, count, device = args.seed + 10**6, envs.num_envs, agent.log_std.device
+    seed, leader = args.seed + 10**6, torch.zeros(envs.num_envs, dtype=torch.long, device=agent.log_std.device)
     for seed_one in (random.seed, np.random.seed, torch.manual_seed):  # environments may draw from each
         seed_one(seed)
     obs, _ = envs.reset(seed=seed)
-    state = torch.zeros(count, args.state_size, dtype=torch.complex64, device=device)
-    leader = torch.zeros(count, dtype=torch.long, device=device)
-    steps, returns, begins, running = 0, np.zeros(count), *np.ones((2, count), bool)
+    recurrent_state = torch.zeros(len(obs), args.state_size, dtype=torch.complex64, device=leader.device)
+    steps, returns, begins, running = 0, np.zeros(len(obs)), *np.ones((2, len(obs)), bool)
     while running.any() and steps < args.eval_max_steps:
-        rows = torch.as_tensor(np.asarray(obs, np.float32)[None]).to(device), torch.as_tensor(begins[None]).to(device)
-        policy, _, states = agent(*rows, state, leader)
-        state = states[-1]
-        obs, rewards, terminations, truncations, _ = envs.step(env_actions(envs, policy[0][0]))
+        policy, _, recurrent_state = agent.step(obs, begins, recurrent_state, leader)
+        obs, rewards, terminations, truncations, _ = envs.step(env_actions(envs, policy[0]))
         returns += rewards * running
         begins, running, steps = np.zeros_like(running), running & ~(terminations | truncations), steps + 1
     envs.close()
@@ -537,26 +503,19 @@ if __name__ == "__main__":
         saved = load(path, script, args)
         args = tyro.cli(Args, default=Args(**{**saved["args"], "env_kwargs": {}}))  # the run's own flags, unless given again
         args.env_kwargs = args.env_kwargs or saved["args"]["env_kwargs"]
-    most = dict.fromkeys("gamma gae_lambda learning_rate".split(), 1) | {"seed": 10**9, "num_envs": args.total_timesteps}
-    zero = "seed checkpoint_interval max_prefix".split() + ["eval_episodes"] * (not args.evaluate)
-    check_flags(args, zero, most, saved["args"] if args.resume else {})
+    check_flags(args, ["eval_episodes"] * (not args.evaluate), saved=saved["args"] if args.resume else {})
     if args.num_envs % args.num_policies:
         raise ValueError(f"--num-envs {args.num_envs}: expected a multiple of --num-policies {args.num_policies}; change one")
-    if args.num_policies > 1 and args.off_policy_ratio >= args.num_policies:
-        what = f"at most {args.num_policies - 1} (--num-policies less the leader)"
-        raise ValueError(f"--off-policy-ratio: expected {what}, got {args.off_policy_ratio}; lower it")
-    if args.num_minibatches > args.num_envs:
-        raise ValueError(
-            f"--num-minibatches: expected at most --num-envs {args.num_envs}, got {args.num_minibatches}; lower it"
-        )
+    if 1 < args.num_policies <= args.off_policy_ratio:
+        most = f"{args.num_policies - 1} (--num-policies less the leader)"
+        raise ValueError(f"--off-policy-ratio: expected at most {most}, got {args.off_policy_ratio}; lower it")
+    if args.num_minibatches > (most := args.num_envs):
+        raise ValueError(f"--num-minibatches: expected at most --num-envs {most}, got {args.num_minibatches}; lower it")
     if not 0 < args.std_min <= args.std_init <= args.std_max:
         got = f"{args.std_min}, {args.std_init} and {args.std_max}"
         raise ValueError(f"--std-min, --std-init, --std-max: expected 0 < min <= init <= max, got {got}; change them")
     batch_size = args.num_envs * args.num_steps
-    if (num_iterations := args.total_timesteps // batch_size) == 0:
-        raise ValueError(f"--total-timesteps {args.total_timesteps}: expected one rollout at least, {batch_size}; raise it")
-    if args.cuda and not torch.cuda.is_available():
-        raise ValueError("--cuda: expected a CUDA device, PyTorch finds none; drop the flag, or resume with --no-cuda")
+    num_iterations = args.total_timesteps // batch_size
     torch.set_num_threads(int(os.getenv("OMP_NUM_THREADS", 1)))  # more are slower, unless networks are large and cores idle
     tune_cpu()
     # TRY NOT TO MODIFY: seeding
@@ -565,14 +524,10 @@ if __name__ == "__main__":
         seed_one(args.seed)
     device = torch.device("cuda" if args.cuda else "cpu")
     # env setup
-    try:
+    with env_errors(args.env_id):  # they name the flags
         envs = make_envs(args, args.num_envs)
         if args.capture_video:  # if it cannot be recorded, say so before training
             make_env(args.env_id, args.env_kwargs, args.prev_action, 0, "videos")().close()
-    except Exception as error:  # whatever an environment raises
-        what = f"--env-id {args.env_id}: cannot be made and flattened with these --env-kwargs and --capture-video"
-        raise ValueError(f"{what}: {error!r}; change them, or take in make_env a part of the observation") from error
-
     agent = Agent(envs, args).to(device)
     if saved:
         saved = torch.load(path, map_location=device, weights_only=not args.resume) if args.cuda else saved
@@ -588,7 +543,6 @@ if __name__ == "__main__":
         sys.exit()
     others = [p for p in agent.parameters() if p is not agent.log_std]
     optimizer = torch.optim.Adam([{"params": others}, {"params": [agent.log_std]}], lr=args.learning_rate, fused=True)
-
     if args.track:
         import wandb
 
@@ -603,37 +557,31 @@ if __name__ == "__main__":
     stop = catch_stop_signals()  # empty until Ctrl-C or SIGTERM asks for an end
     # TRY NOT TO MODIFY: start the game
     envs.spread = True  # HillCar: not all first episodes end in the same step
-    next_obs, _ = envs.reset(seed=args.seed)
-    next_begins = np.ones(args.num_envs, bool)  # is next_obs[i] the first of its episode?
-    obs = torch.zeros(args.num_steps, *next_obs.shape, device=device)
+    obs = torch.zeros(args.num_steps, *envs.observation_space.shape, device=device)
     begins = torch.zeros(args.num_steps, args.num_envs, dtype=torch.bool, device=device)
-    state_before = torch.zeros(args.num_envs, args.state_size, dtype=torch.complex64, device=device)
-    carried_tape = CarriedColumns(obs, begins, state_before)
-    episodic_return, episodic_length, discounted = np.zeros((3, args.num_envs))
-    return_rms = gym.wrappers.utils.RunningMeanStd()  # of discounted returns, for --norm-reward
+    return_rms = gym.wrappers.utils.RunningMeanStd()  # of the discounted returns so far, for --norm-reward
     global_step = 0
     # the variables that a checkpoint holds, pickled together, so that the optimizer keeps its hold on the agent's weights
     state = "agent optimizer carried_tape rng global_step next_obs next_begins discounted return_rms".split()
-    state += "episodic_return episodic_length".split() + ["envs"] * isinstance(envs, HillCar)
     if saved:
+        globals().update(saved["state"])
         where = [saved["args"][name] == getattr(args, name) for name in ("env_id", "env_kwargs", "prev_action", "num_envs")]
-        globals().update({name: value for name, value in saved["state"].items() if name != "envs" or all(where)})
-        if saved.get("envs") and all(where):
-            envs.envs, python_state, numpy_state, torch_state = cloudpickle.loads(saved["envs"])
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
-            torch.set_rng_state(torch_state)
-        else:
+    if saved and saved.get("envs") and all(where):
+        envs.envs, *random_states = cloudpickle.loads(saved["envs"])
+        for set_state, value in zip((random.setstate, np.random.set_state, torch.set_rng_state), random_states):
+            set_state(value)
+    else:
+        if saved:
             print("the environments are new or could not be saved: new episodes begin, the run differs from one never stopped")
-            next_obs, _ = envs.reset(seed=int(rng.integers(2**31)))
-            next_begins = np.ones(args.num_envs, bool)
-            episodic_return, episodic_length, discounted = np.zeros((3, args.num_envs))
-            carried_tape = CarriedColumns(obs, begins, state_before)
+        next_obs, _ = envs.reset(seed=int(rng.integers(2**31)) if saved else args.seed)
+        next_begins = np.ones(args.num_envs, bool)  # is next_obs[i] the first of its episode?
+        discounted = np.zeros(args.num_envs)
+        nothing = torch.zeros(args.num_envs, args.state_size, dtype=torch.complex64, device=device)
+        carried_tape = CarriedColumns(obs, begins, nothing)
     # ALGO Logic: Storage setup
-    final_obs, block = torch.zeros_like(obs), args.num_envs // args.num_policies
-    gains = np.zeros((args.num_steps, args.num_envs), np.float32)  # it and these are moved once a rollout
-    ends, cuts = np.zeros((2, args.num_steps, args.num_envs), bool)
-    all_columns = torch.arange(args.num_envs, device=device)
+    final_obs, gains = torch.zeros_like(obs), np.zeros(begins.shape, np.float32)  # gains: rewards, moved once a rollout
+    ends, cuts = np.zeros((2, *begins.shape), bool)
+    block, all_columns = args.num_envs // args.num_policies, torch.arange(args.num_envs, device=device)
     ids = all_columns // block  # the policy that acts in each environment
     ent_coefs = args.ent_coef + args.entropy_scale * torch.arange(args.num_policies, device=device)  # SAPG: the ladder
     start_time, start_step, recent_returns = time.time(), global_step, deque(maxlen=100)
@@ -647,32 +595,26 @@ if __name__ == "__main__":
         if due:
             writer.flush()  # before the checkpoint: a resumed run logs only what comes after it
             content = {"script": script, "args": asdict(args), "state": {name: globals()[name] for name in state}}
-            content["state"] |= {"envs": copy.deepcopy(envs)} if isinstance(envs, HillCar) else {}
-            finish = checkpoint(f"{run_dir}/checkpoint.pt", content, envs)
+            finish = checkpoint(f"{run_dir}/checkpoint.pt", content, envs, stop)
         anneal = 1 - (iteration - 1) / num_iterations if args.anneal_lr else 1
         for group, factor in zip(optimizer.param_groups, (1, 3)):
             group["lr"] = factor * anneal * args.learning_rate
         state_before = recurrent_state = carried_tape.read(agent, all_columns, ids)
         acted, returns_of = [], [[] for _ in range(args.num_policies)]  # [S] of tuples; returns of each block's episodes
-        noise = rng.standard_normal((args.num_steps, 1, args.num_envs, agent.log_std.shape[-1]), np.float32)
+        noise = rng.standard_normal((*begins.shape, agent.log_std.shape[-1]), np.float32)
         noise = torch.from_numpy(noise).to(device)  # of all steps at once: every transfer to a device waits for it
         for step in range(args.num_steps):
             global_step += args.num_envs
-            obs[step], begins[step] = torch.as_tensor(np.asarray(next_obs, np.float32)), torch.as_tensor(next_begins)
+            obs[step], begins[step] = torch.as_tensor(next_obs), torch.as_tensor(next_begins)
             # ALGO LOGIC: action logic
-            with torch.no_grad():
-                policy, value, states = agent(obs[step, None], begins[step, None], recurrent_state, ids)
+            policy, value, recurrent_state = agent.step(next_obs, next_begins, recurrent_state, ids)
             action = policy[0] + policy[1].exp() * noise[step]
-            acted.append((action, log_prob(policy, action), value, states))
-            recurrent_state = states[-1]
+            acted.append((action, log_prob(policy, action), value, recurrent_state))
             # TRY NOT TO MODIFY: execute the game and log data.
             taken = env_actions(envs, action)
             outcome = next_obs, reward, terminations, truncations, infos = envs.step(taken)
             if due and step == 0:
                 finish(taken, outcome)  # the step has shown whether a copy of the environments goes on as they do
-                if stop:
-                    print(f"stopped; --resume {run_dir} goes on from step {global_step - args.num_envs:,}")
-                    sys.exit(128 + stop[0])
             next_begins = terminations | truncations
             discounted = discounted * args.gamma + reward
             return_rms.update(discounted)
@@ -682,58 +624,48 @@ if __name__ == "__main__":
             # TBB: an episode cut off by a time limit is worth what its final observation is, remembering all before it
             over = cuts[step] = truncations & ~terminations & (not args.truncation_is_terminal)
             if over.any():
-                final = np.stack(infos["final_obs"][over]).astype(np.float32)
-                final_obs[step, over] = torch.from_numpy(final).to(device)
-            episodic_return, episodic_length = episodic_return + reward, episodic_length + 1
+                final_obs[step, over] = torch.as_tensor(np.stack(infos["final_obs"][over])).to(obs)
             for i in np.flatnonzero(next_begins):
-                returns_of[i // block].append(episodic_return[i])
+                returns_of[i // block].append(infos["final_info"]["episode"]["r"][i])
                 if i < block:  # the leader's are what counts
-                    recent_returns.append(episodic_return[i])
-                    writer.add_scalar("charts/episodic_return", episodic_return[i], global_step)
-                    writer.add_scalar("charts/episodic_length", episodic_length[i], global_step)
-            episodic_return, episodic_length = (np.where(next_begins, 0, v) for v in (episodic_return, episodic_length))
-        actions, logprobs, values, states = (torch.cat(v) for v in zip(*acted))
+                    recent_returns.append(returns_of[0][-1])
+                    writer.add_scalar("charts/episodic_return", recent_returns[-1], global_step)
+                    writer.add_scalar("charts/episodic_length", infos["final_info"]["episode"]["l"][i], global_step)
+        actions, logprobs, values, states = (torch.stack(v) for v in zip(*acted))
         # bootstrap value if not done
-        after = [torch.as_tensor(v).to(device) for v in (np.asarray(next_obs, np.float32), next_begins)]
         rewards, ended, cut_off = (torch.from_numpy(v).to(device) for v in (gains, ends, cuts))
-        rollout = *after, ended, cut_off, final_obs
+        rollout = torch.as_tensor(next_obs).to(obs), torch.as_tensor(next_begins).to(begins), ended, cut_off, final_obs
         next_values = values_of_next(agent, rollout, values, states, all_columns, ids)
-        how = (gae, args.gae_lambda) if args.target == "gae" else (n_step, 3)
-        advantages = how[0](rewards, values, next_values, ended, args.gamma, how[1])
+        advantages = gae(rewards, values, next_values, ended, args.gamma, args.gae_lambda)
         explained_var = 1 - advantages.var() / (advantages + values).var()
-        # [S, E, ...]; pi_old and pi_acted are one on own rows
+        # [S, E, ...]; the fourth is of the policy that reads, the fifth of the one that acted: the same on own rows
         batch = [obs, begins, actions, logprobs, logprobs, advantages, advantages + values]
-        readers, front, own = ids, state_before, torch.ones_like(ids, dtype=torch.bool)
+        readers, front = ids, state_before
         # SAPG: borrowed columns, which another policy than the one that acted reads; targets are of one step
         columns, borrowers = (torch.as_tensor(v).to(device) for v in borrowed_columns(rng, args.num_envs, args))
         if len(columns):
-            rescan = args.borrowed_state == "rescan"
-            before = carried_tape.read(agent, columns, borrowers) if rescan else state_before[columns]
-            with torch.no_grad():
-                policy, value, states = agent(obs[:, columns], begins[:, columns], before, borrowers)
-            old_logprobs = log_prob(policy, actions[:, columns])
+            stored = args.borrowed_state == "stored"
+            before = state_before[columns] if stored else carried_tape.read(agent, columns, borrowers)
+            policy, value, states = carried_tape.reread(agent, (obs, begins), columns, borrowers, before)
+            old_logprobs, acted_logprobs = log_prob(policy, actions[:, columns]), logprobs[:, columns]
             returns = rewards[:, columns] + args.gamma * values_of_next(agent, rollout, value, states, columns, borrowers)
-            acted_rows = [v[:, columns] for v in (obs, begins, actions, logprobs)]
-            borrowed = *acted_rows[:3], old_logprobs, acted_rows[3], returns - value, returns
+            borrowed = *(v[:, columns] for v in batch[:3]), old_logprobs, acted_logprobs, returns - value, returns
             batch = [torch.cat(pair, 1) for pair in zip(batch, borrowed)]
             readers, front = torch.cat([ids, borrowers]), torch.cat([front, before])
-            own = torch.cat([own, torch.zeros_like(borrowers, dtype=torch.bool)])
-            mu = (old_logprobs - acted_rows[3]).exp()
+            mu = (old_logprobs - acted_logprobs).exp()
             writer.add_scalar("sapg/effective_sample_size", mu.sum() ** 2 / (mu**2).sum() / mu.numel(), global_step)
             writer.add_scalar("sapg/largest_weight", mu.max(), global_step)
         if args.norm_adv:
             batch[5] = (batch[5] - batch[5].mean()) / (batch[5].std() + 1e-8)
         if args.follower_kl:  # what the leader would do on all rows
-            leader = torch.zeros_like(readers)
-            again = torch.cat([all_columns, columns])
-            before = carried_tape.read(agent, again, leader)
-            with torch.no_grad():
-                leads = agent(*batch[:2], before, leader)[0]
+            everything = torch.cat([all_columns, columns])
+            leads, _, _ = carried_tape.reread(agent, (obs, begins), everything, torch.zeros_like(readers))
         # Optimizing the policy and value network
         clipped, logprob_error = [], None
         for _ in range(args.update_epochs):
             for mb in np.array_split(rng.permutation(len(readers)), args.num_minibatches):
                 mb = torch.as_tensor(mb).to(device)
+                own = mb < args.num_envs  # the columns behind them are borrowed
                 mb_obs, mb_begins, mb_actions, mb_old, mb_acted, mb_advantages, mb_returns = (v[:, mb] for v in batch)
                 policy, newvalue, _ = agent(mb_obs, mb_begins, front[mb], readers[mb])
                 newlogprob = log_prob(policy, mb_actions)
@@ -741,7 +673,7 @@ if __name__ == "__main__":
                     logratio = newlogprob - mb_old
                     approx_kl = ((logratio.exp() - 1) - logratio).mean()
                     outside = ((logratio.exp() - 1.0).abs() > args.clip_coef).float()
-                    clipped.append((outside[:, own[mb]].mean(), outside[:, ~own[mb]].mean()))
+                    clipped.append((outside[:, own].mean(), outside[:, ~own].mean()))
                     if logprob_error is None:  # TBB: before the first update, the tape and the rollout must be one policy
                         logprob_error = logratio.abs().max()
 
@@ -750,9 +682,8 @@ if __name__ == "__main__":
                 entropy = (0.5 + 0.5 * np.log(2 * np.pi) + policy[1]).sum(-1)  # [E], the same at every step
                 loss = pg_loss - (ent_coefs[readers[mb]] * entropy).mean() + v_loss * args.vf_coef
                 if args.follower_kl:
-                    follows = own[mb] & (readers[mb] > 0)
                     apart = kl_divergence(policy, (leads[0][:, mb], leads[1][mb]))
-                    loss = loss + args.follower_kl * (apart * follows).mean()
+                    loss = loss + args.follower_kl * (apart * (own & (readers[mb] > 0))).mean()
                 optimizer.zero_grad()
                 loss.backward()
                 grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm, foreach=True)
@@ -765,19 +696,13 @@ if __name__ == "__main__":
             if args.target_kl is not None and approx_kl > args.target_kl:
                 break
         if logprob_error > 1e-3:
-            print(
-                f"warning: rollout and tape differ by {logprob_error:.1e} in log-probability: does `remember` read all rows?"
-            )
+            print(f"warning: rollout and tape differ by {logprob_error:.1e} in log-probability: is `step` what `forward` is?")
         if args.num_policies > 1:  # how far apart the policies are, on some of the rows
             some = all_columns[:: max(1, args.num_envs // 128)]
-            with torch.no_grad():
-                readings = []
-                for i in range(args.num_policies):
-                    reader = torch.full_like(some, i)
-                    before = carried_tape.read(agent, some, reader)
-                    readings.append(agent(obs[:, some], begins[:, some], before, reader)[0])
-                apart = torch.stack([kl_divergence(a, b).mean() for a in readings for b in readings if a is not b])
-            writer.add_scalar("sapg/kl_between_policies", apart.mean(), global_step)
+            whose = [torch.full_like(some, i) for i in range(args.num_policies)]
+            readings = [carried_tape.reread(agent, (obs, begins), some, reader)[0] for reader in whose]
+            apart = [kl_divergence(one, other).mean() for one in readings for other in readings if one is not other]
+            writer.add_scalar("sapg/kl_between_policies", torch.stack(apart).mean(), global_step)
         # TBB: the rollout joins the rows of the running episodes
         carried_tape.add(obs, begins, torch.as_tensor(next_begins).to(device), args.max_prefix, agent, ids)
         # TRY NOT TO MODIFY: record rewards for plotting purposes

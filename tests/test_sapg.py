@@ -1,21 +1,24 @@
 """SAPG: who borrows what, what a borrowed row is worth, whose memory reads it, and the hill car."""
 
+import sys
+import textwrap
+
 import numpy as np
 import pytest
 import torch
-from scripts import fails, kill_and_resume, load_script, model, run, run_folder, scalars
+from scripts import ROOT, fails, kill_and_resume, load_script, model, run, run_folder, scalars
 
-SCRIPT = "sapg_tbb_lru_continuous_action"
-sapg = load_script(SCRIPT)
+SCRIPT, DISJOINT = "sapg_tbb_lru_continuous_action", "sapg_disjoint_tbb_lru_continuous_action"
+sapg, disjoint = load_script(SCRIPT), load_script(DISJOINT)
 SHORT = """--total-timesteps 384 --num-envs 16 --num-steps 8 --num-minibatches 2 --update-epochs 2 --hidden-size 8
     --state-size 4 --eval-episodes 0"""
 
 
-def make_agent(num_policies=4, seed=0, **flags):
-    torch.manual_seed(seed)
-    args = sapg.Args(hidden_size=8, state_size=4, num_policies=num_policies, latent_size=3, **flags)
-    agent = sapg.Agent(sapg.HillCar(4), args)
-    for network in agent.networks:  # else mean actions are almost equal
+def make_agent(script=sapg, **flags):
+    torch.manual_seed(0)
+    flags |= {"latent_size": 3} if script is sapg else {}
+    agent = script.Agent(sapg.HillCar(4), script.Args(hidden_size=8, state_size=4, **flags))
+    for network in getattr(agent, "networks", [agent]):  # else mean actions are almost equal
         torch.nn.init.normal_(network.actor.weight, 0, 0.3)
     return agent
 
@@ -169,10 +172,20 @@ def test_the_value_of_what_follows_a_row():
 
 
 def test_n_step_advantages_by_hand():
+    """Those that benchmark/probes/ablate.py n_step=3 computes in the script."""
     rewards, values = torch.tensor([[1.0], [2.0], [3.0], [4.0], [5.0]]), torch.tensor([[0.1], [0.2], [0.3], [0.4], [0.5]])
     ended = torch.tensor([[False], [False], [True], [False], [False]])
     next_values = torch.tensor([[0.2], [0.3], [0.0], [0.5], [0.6]])
-    found = sapg.n_step(rewards, values, next_values, ended, 0.5)[:, 0].tolist()
+    sys.path.append(str(ROOT / "benchmark" / "probes"))
+    from ablate import ablated
+
+    lines = ablated((ROOT / "single_files" / f"{SCRIPT}.py").read_text(), "n_step=3").splitlines()
+    (first,) = (i for i, line in enumerate(lines) if line.strip().startswith("delta = advantages ="))
+    (last,) = (i for i, line in enumerate(lines) if line.strip().startswith("explained_var ="))
+    names = {"args": sapg.Args(gamma=0.5), "F": torch.nn.functional, "rewards": rewards, "values": values}
+    names |= {"next_values": next_values, "ended": ended}
+    exec(textwrap.dedent("\n".join(lines[first:last])), names)
+    found = names["advantages"][:, 0].tolist()
     returns = [1 + 0.5 * 2 + 0.25 * 3, 2 + 0.5 * 3, 3, 4 + 0.5 * 5 + 0.25 * 0.6, 5 + 0.5 * 0.6]
     assert found == pytest.approx([r - v for r, v in zip(returns, values[:, 0].tolist())])
 
@@ -181,10 +194,10 @@ def test_n_step_advantages_by_hand():
 
 
 @pytest.mark.parametrize("max_prefix", [0, 3, 100])
-@pytest.mark.parametrize("sharing", ["latent", "disjoint"])
-def test_the_carried_tape_knows_what_acting_step_by_step_knows(max_prefix, sharing):
+@pytest.mark.parametrize("script", [sapg, disjoint])
+def test_the_carried_tape_knows_what_acting_step_by_step_knows(max_prefix, script):
     """At every rollout, for columns whose episodes began in any earlier one, or have just begun."""
-    agent, ids = make_agent(sharing=sharing), torch.arange(8) // 2
+    agent, ids = make_agent(script), torch.arange(8) // 2
     obs, begins = make_rows(40, 8, share=0.08)
     begins[0], begins[10, 1:], begins[:21, 0] = True, True, False  # column 0: the longest episode, which ends before row 20
     begins[[0, 20], 0] = True
@@ -233,33 +246,29 @@ def test_the_scan_of_the_package_is_that_of_the_file_alone(monkeypatch):
 
 
 def test_disjoint_networks_read_their_own_columns_in_any_order():
-    agent = make_agent(sharing="disjoint")
+    agent = make_agent(disjoint)
     obs, begins = make_rows(7, 6)
     ids, order = torch.tensor([3, 0, 0, 2, 3, 0]), torch.tensor([5, 2, 0, 4, 1, 3])
     (mean, log_std), values, states = agent(obs, begins, zeros(6), ids)
     (mean2, log_std2), values2, states2 = agent(obs[:, order], begins[:, order], zeros(6), ids[order])
     for one, other in ((mean, mean2), (values, values2), (states, states2)):
         torch.testing.assert_close(one[:, order], other)
-    torch.testing.assert_close(agent.networks[3](obs[:, [0, 4]], begins[:, [0, 4]], zeros(2), None)[0], mean[:, [0, 4]])
+    torch.testing.assert_close(agent.networks[3](obs[:, [0, 4]], begins[:, [0, 4]], zeros(2))[0], mean[:, [0, 4]])
     (mean.sum() + values.sum()).backward()
     assert [p.grad is not None for p in (net.critic.bias for net in agent.networks)] == [True, False, True, True]
 
 
 def test_shared_and_disjoint_networks_have_as_many_weights_as_the_page_says():
-    sizes = [
-        sum(p.numel() for p in sapg.Agent(sapg.HillCar(4), sapg.Args(sharing=sharing)).parameters())
-        for sharing in ("latent", "disjoint")
-    ]
-    assert sizes == [5142, 18252]
+    agents = [script.Agent(sapg.HillCar(4), script.Args()) for script in (sapg, disjoint)]
+    assert [sum(p.numel() for p in agent.parameters()) for agent in agents] == [5142, 18252]
 
 
-@pytest.mark.parametrize(
-    "arm", ["", "--sharing disjoint", "--aggregation symmetric", "--borrowed-state stored", "--max-prefix 3"]
-)
+@pytest.mark.parametrize("arm", ["", "disjoint", "--aggregation symmetric", "--borrowed-state stored", "--max-prefix 3"])
 def test_before_the_first_update_every_row_is_read_as_it_was(tmp_path, arm):
     """Borrowed ones, too: of all rows, those of the first minibatch. Standard deviations stay in their bounds."""
     flags = [*SHORT.split(), "--total-timesteps", "1280", "--learning-rate", "0.05", "--std-min", "0.45", "--std-max", "0.55"]
-    run(tmp_path, *flags, *arm.split(), script=SCRIPT)
+    script, arm = (DISJOINT, "") if arm == "disjoint" else (SCRIPT, arm)
+    run(tmp_path, *flags, *arm.split(), script=script)
     logged = scalars(run_folder(tmp_path))
     assert len(logged["losses/logprob_error"]) == 10 and max(v for _, v in logged["losses/logprob_error"]) < 1e-4
     weights = [v for _, v in logged["sapg/effective_sample_size"]]

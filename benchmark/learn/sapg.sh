@@ -5,6 +5,13 @@
 source "$(dirname "$0")/grid.sh"
 script=single_files/sapg_tbb_lru_continuous_action.py
 
+line() { # an arm, flags of all arms, and its own, which may begin with a script of its own
+    case $3 in
+    *.py*) echo "$1:$3 $2" ;;
+    *) echo "$1: $script $2$3" ;;
+    esac
+}
+
 arms() {
     cat <<'ARMS'
 SAPG:
@@ -15,21 +22,21 @@ naive weights: --importance naive
 clip around 1: --importance one
 symmetric: --aggregation symmetric
 data dropped: --aggregation none
-disjoint: --sharing disjoint
-disjoint, data dropped: --sharing disjoint --aggregation none
+disjoint: single_files/sapg_disjoint_tbb_lru_continuous_action.py
+disjoint, data dropped: single_files/sapg_disjoint_tbb_lru_continuous_action.py --aggregation none
 stored states: --borrowed-state stored
 latent at the head: --latent-at head
 KL to the leader 0.03: --follower-kl 0.03
 KL to the leader 0.3: --follower-kl 0.3
 one block at a time: --borrow block
 all followers' rows: --off-policy-ratio 3
-3-step targets: --target 3-step
+3-step targets: benchmark/probes/ablate.py n_step=3 single_files/sapg_tbb_lru_continuous_action.py
 ARMS
 }
 
 for seed in ${SEEDS:-1 2 3 4 5}; do
     arms | while IFS=: read -r arm flags; do
-        echo "$arm: $script --env-id HillCar-v0 --seed $seed --eval-episodes 512 --checkpoint-interval 0 $flags"
+        line "$arm" "--env-id HillCar-v0 --seed $seed --eval-episodes 512 --checkpoint-interval 0" "$flags"
     done
 done | grid sapg "$@"
 
@@ -39,15 +46,15 @@ SAPG:
 stored states: --borrowed-state stored
 data dropped: --aggregation none
 PPO: --num-policies 1
-disjoint: --sharing disjoint
-disjoint, stored states: --sharing disjoint --borrowed-state stored
+disjoint: single_files/sapg_disjoint_tbb_lru_continuous_action.py
+disjoint, stored states: single_files/sapg_disjoint_tbb_lru_continuous_action.py --borrowed-state stored
 ARMS
 }
 
 for seed in ${SEEDS:-1 2 3 4 5}; do
     cue | while IFS=: read -r arm flags; do
-        echo "$arm: $script --env-id HillCarCue-v0 --seed $seed --total-timesteps 1507328 --eval-episodes 512" \
-            "--checkpoint-interval 0 $flags"
+        all="--env-id HillCarCue-v0 --seed $seed --total-timesteps 1507328 --eval-episodes 512 --checkpoint-interval 0"
+        line "$arm" "$all" "$flags"
     done
 done | grid sapg_cue "$@"
 

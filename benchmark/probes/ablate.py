@@ -13,6 +13,7 @@ no_resets       DQN: memory runs on from one episode into the next, on the tape 
 reset_early     PPO: in updates, memory is reset one row before an episode's first; while it acts, in the right place
 reset_late      PPO: the same, one row behind an episode's first
 reset_late_everywhere    PPO: one row behind the first, in updates and while it acts
+n_step=3        SAPG: values of own rows have returns of three steps as targets, as in the paper, and not those of GAE
 optimizer=RUN   PPO: in place of Adam the optimiser of RUN/model.pt, which optim4rl_lru.py has learned; its step size is
                 --learning-rate
 """
@@ -63,8 +64,8 @@ CHANGES = {  # what stands in the script, what comes in its place; {} is what st
         ),
     },
     "reset_late_everywhere": {  # `late_begins` are those of one step before; an episode's end is where it was
-        "    carried_tape = CarriedTape(obs, recurrent_state)\n    discounted": (
-            "    carried_tape, late_begins = CarriedTape(obs, recurrent_state), np.zeros(args.num_envs, bool)\n    discounted"
+        "        carried_tape = CarriedTape(obs, recurrent_state)\n    # ALGO": (
+            "        carried_tape = CarriedTape(obs, recurrent_state)\n    late_begins = np.zeros(args.num_envs, bool)\n    # ALGO"
         ),
         "obs[step], begins[step] = next_obs, next_begins": "obs[step], begins[step] = next_obs, late_begins",
         "policy, values[step], recurrent_state = agent.step(next_obs, next_begins, recurrent_state)": (
@@ -73,6 +74,11 @@ CHANGES = {  # what stands in the script, what comes in its place; {} is what st
         ),
         "_, next_value, _ = agent.step(next_obs, next_begins,": "_, next_value, _ = agent.step(next_obs, late_begins,",
         "carried_tape.carry(next_begins,": "carried_tape.carry(late_begins,",
+    "n_step": {
+        "        advantages = gae(rewards, values, next_values, ended, args.gamma, args.gae_lambda)": """
+        delta = advantages = rewards + args.gamma * next_values - values
+        for _ in range({} - 1):  # A_n[t] = delta[t] + gamma A_(n-1)[t+1]; fewer steps before an end
+            advantages = delta + args.gamma * F.pad(advantages[1:], (0, 0, 0, 1)).where(~ended, 0)""".lstrip("\n"),
     },
     "optimizer": {
         "    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)": f"""
