@@ -1,13 +1,53 @@
 """What makes a sparse student small: `single_files/bpd_*.py` saves what `compact` returns, and reports what `costs` does.
 
 Both take a student's weights by name, as the scripts save them: memory.{E,B,R}.{weight,bias}, memory.{nu,theta,gamma} and
-V.{weight,bias}, where a weight that was dropped is zero.
+V.{weight,bias}, where a weight that was dropped is zero. The rest finds the teacher, checks flags, and tries other thresholds.
 """
 
+import copy
+import glob
+import os
 import time
 
 import numpy as np
 import torch
+
+
+def read_teacher(args, newest, folder):
+    """The model.pt of a teacher, as its script saved it.
+
+    Args:
+        args: its `teacher` is a run directory; if it is None, it becomes the newest run of the script `newest` in runs/. Its
+            `teacher_script` is the path of the script that trained it, or None, if that lies in `folder`.
+        newest: the name of a script.
+        folder: where this script lies.
+    Raises: ValueError if there is no such run, model or script.
+    """
+    if args.teacher is None:
+        found = sorted(glob.glob(f"runs/*{newest}__*/model.pt"), key=os.path.getmtime)
+        if not found:
+            remedy = f"train one in a minute or two: python single_files/{newest}.py"
+            raise ValueError(f"--teacher: expected a run directory, got none, and there is no such run in runs/; {remedy}")
+        args.teacher = os.path.dirname(found[-1])
+    path = os.path.join(args.teacher, "model.pt")
+    if not os.path.exists(path):
+        raise ValueError(f"--teacher: expected a file {path}, got none; see `ls runs` for runs that have ended")
+    saved = torch.load(path, "cpu", weights_only=True)
+    script = args.teacher_script or os.path.join(folder, saved["script"])
+    if not os.path.exists(script):
+        raise ValueError(f"--teacher-script: expected the file {saved['script']}, got none at {script}; name where it lies")
+    return saved
+
+
+def check_cuts(args):
+    """Raises ValueError if the flags that say how many weights to drop do not fit the kind of student."""
+    if not all(0 <= share < 1 for share in args.target_sparsity):
+        got = f"{args.target_sparsity}; 0.97 leaves 3 of 100 weights"
+        raise ValueError(f"--target-sparsity: expected shares below 1, got {got}")
+    if args.student == "magnitude" and len(args.target_sparsity) != 1:
+        raise ValueError(f"--target-sparsity: magnitude prunes as it trains, to one, got {args.target_sparsity}; name one")
+    if args.c_threshold and args.student != "svd":
+        raise ValueError(f"--c-threshold: expected --student svd, got {args.student}; use --target-sparsity")
 
 
 @torch.no_grad()
@@ -81,3 +121,22 @@ def latency(agent, obs, state, repetitions=300):
         agent.step(obs[None], begins, state)
         times.append((time.process_time_ns() - start) / 1e3)
     return [round(float(min(times)), 1), round(float(np.median(times)), 1)]
+
+
+def sweep(student, prune, performance):
+    """What thresholds of log alpha would leave, without fine-tuning: a row for each, which is printed.
+
+    Args:
+        student: as it was trained; its masks stay as they are.
+        prune: the script's, (student, by, kind, value) -> student.
+        performance: student -> percent between random actions and the teacher.
+    """
+    rows = []
+    for threshold in (8, 5, 3, 1, 0, -2, -4):
+        cut = prune(copy.deepcopy(student), "log_alpha", "threshold", threshold)
+        kept = torch.cat([layer.mask.flatten() for layer in cut.layers().values()])
+        row = {"threshold": threshold, "sparsity": 100 * (1 - int(kept.sum()) / len(kept))}
+        row["performance"] = performance(cut)
+        print("C {threshold:2d}: sparsity {sparsity:.1f} %, performance {performance:.1f} without fine-tuning".format(**row))
+        rows.append(row)
+    return rows

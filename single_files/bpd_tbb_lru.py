@@ -1,11 +1,10 @@
 # docs: docs/bpd.md
 # Variant of single_files/bpd_tbb_lru_continuous_action.py. Changed: Args.data_noise, Args.label,
-#   Args.temperature, load_teacher, Teacher, execute, env_actions, Student.forward, Student.step, Critics.head,
-#   Critics.forward, next_actions, clone_loss, teacher in __main__
+#   Args.temperature, load_teacher, Teacher, execute, env_actions, Student.forward, Student.step, clone_loss,
+#   teacher in __main__
 # Distillation: after "Bayesian Policy Distillation via Offline RL for Lightweight and Fast Inference" (submitted to ICLR 2025,
 #   withdrawn; no code), of which the abstract is known. A reconstruction: sizes, schedules, data and memory are ours.
 # Sparsity: Molchanov et al. (2017), "Variational Dropout Sparsifies Deep Neural Networks", https://arxiv.org/abs/1701.05369
-# Q term: Fujimoto and Gu (2021), "A Minimalist Approach to Offline Reinforcement Learning", https://arxiv.org/abs/2106.06860
 # Memory and tape: Morad et al. (2024), "Recurrent Reinforcement Learning with Memoroids", https://arxiv.org/abs/2402.09900
 # LRU: Orvieto et al. (2023), "Resurrecting Recurrent Neural Networks for Long Sequences", https://arxiv.org/abs/2303.06349
 # Cloning: Rusu et al. (2016), "Policy Distillation", https://arxiv.org/abs/1511.06295
@@ -25,8 +24,8 @@ Does not include: images, several choices at once, several layers.
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.6,<2.14","gymnasium>=1.1","popgym>=1.0.7","tyro>=0.9","numpy","tensorboard","tqdm"]
 # ///
+import contextlib
 import copy
-import glob
 import importlib.util
 import itertools
 import json
@@ -48,14 +47,15 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 try:
-    from cleanrl_memoroid.runs import Checked, catch_stop_signals, check_flags, load, new_run_dir, save
+    from cleanrl_memoroid.runs import Checked, catch_stop_signals, check_flags, env_errors, load, new_run_dir, save
     from cleanrl_memoroid.scan import linear_scan, tune_cpu
-    from cleanrl_memoroid.students import compact, costs, latency
+    from cleanrl_memoroid.students import check_cuts, compact, costs, latency, read_teacher, sweep
 except ImportError:  # alone, this file computes the same, more slowly, and trusts flags, files and environments
     linear_scan, tune_cpu, catch_stop_signals, check_flags = None, lambda: None, lambda on=True: [], lambda *_: None
     Checked, load = lambda env, idx: env, lambda path, *_: torch.load(path, "cpu", weights_only="model.pt" in path)
-    new_run_dir = "runs/{}".format
+    env_errors, new_run_dir, check_cuts = contextlib.nullcontext, "runs/{}".format, lambda args: None
     compact, costs, latency = lambda weights: weights, lambda weights: {}, lambda *_: None  # the student stays as it is
+    sweep, read_teacher = lambda *_: [], lambda args, *_: torch.load(f"{args.teacher}/model.pt", "cpu", weights_only=True)
 
     def save(path, content):  # writes the whole file or nothing, even if the process is killed meanwhile
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -92,12 +92,6 @@ class Args:
     learning_rate: float = 3e-3  # of weights, biases and memory; falls to a tenth over the second half
     sigma_learning_rate: float = 3e-2  # of log sigma^2, which has ten units to travel
     max_grad_norm: float = 1.0  # the maximum norm of the gradient, without that of log sigma^2
-    bc: bool = True  # if toggled, the student imitates the teacher; without it, only the critics teach
-    q_coef: float = 0.0  # weight of the critics' opinion, relative to its own size; 0: no critics
-    critic_learning_rate: float = 1e-3  # the learning rate of the critics
-    critic_frequency: int = 3  # updates of the student per update of the critics (updates)
-    gamma: float = 0.95  # the discount factor gamma of the critics
-    tau: float = 0.02  # target networks move by this share of the difference
     eta_max: float = 1.0  # largest weight of the KL divergence, as a multiple of what Bayes' rule says
     eta_schedule: Literal["linear", "exp", "constant"] = "linear"  # how that weight grows
     eta_start: float = 0.15  # share of the updates at which it begins to grow; pruning by magnitude likewise
@@ -118,7 +112,7 @@ class Args:
     prev_action: bool = True  # as the teacher's
 
 
-def make_env(env_id, env_kwargs, prev_action=True, idx=0, video_folder=None):
+def make_env(env_id, env_kwargs, prev_action=True, idx=0):
     def thunk():
         if env_id.startswith("popgym-"):
             from popgym.wrappers import Antialias, Flatten, PreviousAction
@@ -128,7 +122,7 @@ def make_env(env_id, env_kwargs, prev_action=True, idx=0, video_folder=None):
             env = PreviousAction(env) if prev_action else env
             env = Flatten(Antialias(env))  # adds the flag "this is the first step", then concatenates everything
         else:
-            env = gym.make(env_id, **(env_kwargs | ({"render_mode": "rgb_array"} if video_folder else {})))
+            env = gym.make(env_id, **env_kwargs)
             env = env if isinstance(env.observation_space, gym.spaces.Box) else gym.wrappers.FlattenObservation(env)
         space = env.action_space
         if isinstance(space, gym.spaces.Box) and np.issubdtype(space.dtype, np.floating):
@@ -136,28 +130,16 @@ def make_env(env_id, env_kwargs, prev_action=True, idx=0, video_folder=None):
             bounded = (space.low > -1e6) & (space.high < 1e6) & (space.low < space.high)
             bounds = (np.where(bounded, two, bound) for two, bound in ((-2, space.low), (2, space.high)))
             env = gym.wrappers.ClipAction(gym.wrappers.RescaleAction(env, *bounds))
-        env = Checked(env, idx)  # each observation in memory of its own, finite numbers, no infos
-        env = gym.wrappers.RecordVideo(env, video_folder) if video_folder else env
-        return gym.wrappers.RecordEpisodeStatistics(env)
+        return Checked(env, idx)  # each observation in memory of its own, finite numbers, no infos
 
     return thunk
 
 
 def load_teacher(args):
     """The module of the script that trained the teacher, its flags, and its model.pt as saved."""
-    if args.teacher is None:
-        found = sorted(glob.glob("runs/*dqn_tbb_lru__*/model.pt"), key=os.path.getmtime)
-        if not found:
-            remedy = "train one in a minute: python single_files/dqn_tbb_lru.py"
-            raise ValueError(f"--teacher: expected a run directory, got none, and there is no such run in runs/; {remedy}")
-        args.teacher = os.path.dirname(found[-1])
-    path = os.path.join(args.teacher, "model.pt")
-    if not os.path.exists(path):
-        raise ValueError(f"--teacher: expected a file {path}, got none; see `ls runs` for runs that have ended")
-    saved = torch.load(path, "cpu", weights_only=True)
-    script = args.teacher_script or os.path.join(os.path.dirname(os.path.abspath(__file__)), saved["script"])
-    if not os.path.exists(script):
-        raise ValueError(f"--teacher-script: expected the file {saved['script']}, got none at {script}; name where it lies")
+    folder = os.path.dirname(os.path.abspath(__file__))
+    saved = read_teacher(args, "dqn_tbb_lru", folder)
+    script = args.teacher_script or os.path.join(folder, saved["script"])
     spec = importlib.util.spec_from_file_location("teacher_script", script)
     module = sys.modules["teacher_script"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -201,7 +183,7 @@ class Tape(NamedTuple):
     row            0     1     2     3     | 4     5     6
     obs            o0    o1    o2    o3    | o0'   o1'   o2'
     begins         1     0     0     0     | 1     0     0
-    final          0     0     0     1     | 0     0     1       actions, labels and rewards there are of no account
+    final          0     0     0     1     | 0     0     1       actions and labels there are of no account
     """
 
     obs: torch.Tensor  # [T, O]
@@ -209,8 +191,6 @@ class Tape(NamedTuple):
     final: torch.Tensor  # [T] bool
     actions: torch.Tensor  # [T, A] what the teacher did
     labels: torch.Tensor  # [T, A] what it would have done without noise
-    rewards: torch.Tensor  # [T] over the standard deviation of the discounted returns
-    terminations: torch.Tensor  # [T] bool
 
     def episodes(self, which):
         """Some of the episodes, in this order. [E] -> a tape"""
@@ -237,7 +217,7 @@ def collect(teacher, env_fns, args, rng):
     """Whole episodes of the teacher, one in each environment: (a tape on the CPU, their returns [E])."""
     envs, num_envs = gym.vector.SyncVectorEnv(env_fns), len(env_fns)
     (obs, _), state = envs.reset(seed=args.seed), teacher.initial_state(num_envs)
-    episodes, noise, steps = [[] for _ in range(num_envs)], 0, 0
+    episodes, returns, noise, steps = [[] for _ in range(num_envs)], [0.0] * num_envs, 0, 0
     begins, running = np.ones((2, num_envs), bool)
     while running.any() and steps < args.eval_max_steps:
         labels, state = teacher.step(obs, begins, state)
@@ -249,16 +229,14 @@ def collect(teacher, env_fns, args, rng):
         ended = terminations | truncations | (steps == args.eval_max_steps)
         for i in np.flatnonzero(running):
             label = labels[i] if args.label == "mean" else actions[i]
-            episodes[i].append((obs[i], begins[i], False, actions[i], label, rewards[i], terminations[i]))
+            returns[i] += rewards[i]
+            episodes[i].append((obs[i], begins[i], False, actions[i], label))
             if ended[i]:
-                episodes[i].append((next_obs[i], False, True, actions[i], label, 0.0, False))
+                episodes[i].append((next_obs[i], False, True, actions[i], label))
         obs, begins, running = next_obs, np.zeros_like(running), running & ~ended
     envs.close()
     columns = [torch.from_numpy(np.stack(v)) for v in zip(*itertools.chain(*episodes))]
-    tape, discounted = Tape(*(v if v.dtype == torch.bool else v.float() for v in columns)), [0.0]
-    for reward, final in zip(tape.rewards.flip(0).tolist(), tape.final.flip(0).tolist()):
-        discounted.append(0.0 if final else reward + args.gamma * discounted[-1])
-    return tape._replace(rewards=tape.rewards / (np.std(discounted) + 1e-8)), [sum(row[5] for row in e) for e in episodes]
+    return Tape(*(v if v.dtype == torch.bool else v.float() for v in columns)), returns
 
 
 class SparseLinear(nn.Module):
@@ -299,8 +277,6 @@ class SparseLRU(nn.Module):
 
     def __init__(self, obs_size, lift_size, state_size, width, r_min=0.0, r_max=0.99):
         super().__init__()
-        if not 0 <= r_min <= r_max <= 1:
-            raise ValueError(f"--r-min, --r-max: expected 0 <= r_min <= r_max <= 1, got {r_min} and {r_max}; change them")
         radius = torch.empty(state_size).uniform_(r_min**2, r_max**2).clamp(1e-6, 1 - 1e-6) ** 0.5  # uniform on the ring
         self.E = SparseLinear(obs_size, lift_size, max(1, obs_size) ** -0.5)
         self.B = SparseLinear(lift_size, 2 * state_size, (2 * max(1, lift_size)) ** -0.5)
@@ -376,55 +352,10 @@ def student_of(weights):
     return student
 
 
-class Critics(nn.Module):
-    """Two values of an action in a state that a memory of their own keeps: TD3's pair, which the smaller one is taken of."""
-
-    def __init__(self, obs_size, action_size, state_size=16, width=32):
-        super().__init__()
-        self.memory = SparseLRU(obs_size, width, state_size, width)
-        self.heads = nn.ModuleList(self.head(width + obs_size, action_size) for _ in range(2))
-
-    def head(self, inputs, action_size):
-        return nn.Sequential(nn.Linear(inputs, 32), nn.ReLU(), nn.Linear(32, action_size))
-
-    def features(self, obs, begins):
-        """What the critics know before an action, [m; o]. [T, O], [T] -> [T, H + O]"""
-        return torch.cat([self.memory(obs, begins), obs], -1)
-
-    def forward(self, features, actions):
-        """The expectation under probabilities of the actions. [T, H + O], [T, A] -> [2, T]"""
-        return torch.stack([(head(features) * actions).sum(-1) for head in self.heads])
-
-
-def next_actions(actions, rng):
-    """Probabilities in the next state, as they are: the expectation needs no noise. [T, A] -> [T, A]"""
-    return actions
-
-
-def critic_target(tape, next_values, gamma):
-    """r[t] + gamma (1 - termination[t]) min_i Q_i[t + 1] for all rows but the final ones; next_values [2, T]. [B]"""
-    rows = (~tape.final).nonzero().squeeze(1)
-    bootstrap = next_values.min(0).values[rows + 1]  # TBB: the next row is the next step of the same episode
-    return tape.rewards[rows] + gamma * torch.where(tape.terminations[rows], 0, bootstrap)
-
-
-def clone_loss(actions, labels):
-    """The cross entropy of the student's probabilities and the teacher's. [B, A], [B, A] -> []"""
-    return -(labels * torch.log(actions + 1e-8)).sum(-1).mean()
-
-
-def student_loss(student, critics, batch, args, rng=None):
-    """Cloning less the critics' opinion, and its parts. lambda = q_coef / mean |Q|: TD3+BC, Fujimoto and Gu (2021), eq. 5."""
-    actions = student(batch.obs, batch.begins, rng)[~batch.final]
-    parts = {"clone_loss": clone_loss(actions, batch.labels[~batch.final])}
-    loss = parts["clone_loss"] if args.bc else 0
-    if args.q_coef:
-        with torch.no_grad():
-            features = critics.features(batch.obs, batch.begins)[~batch.final]
-        q = critics(features, actions)[0]
-        parts |= {"q_values": q.mean(), "lambda": args.q_coef / q.detach().abs().mean()}
-        loss = loss - parts["lambda"] * parts["q_values"]
-    return loss, parts
+def clone_loss(student, tape, rng=None):
+    """The cross entropy of the student's probabilities and the teacher's along a tape; with `rng`, of weights drawn anew."""
+    actions = student(tape.obs, tape.begins, rng)[~tape.final]
+    return -(tape.labels[~tape.final] * torch.log(actions + 1e-8)).sum(-1).mean()
 
 
 def kl_divergence(log_alpha):
@@ -451,19 +382,20 @@ def kl_weight(done, args):
 
 
 @torch.no_grad()
-def prune(student, by, threshold=None, sparsity=None):
-    """Sets the masks: by log alpha, those above a threshold are dropped; else a share of the weights, the least ones.
+def prune(student, by, kind, value):
+    """Sets the masks and returns the student: drops what is above a "threshold" of log alpha, or a share "sparsity" of all.
 
-    by: "log_alpha", or "weight" for absolute values.
+    by: "log_alpha", or "weight" for absolute values, of which the least are dropped.
     """
     layers = student.layers().values()
     scores = [layer.log_alpha() if by == "log_alpha" else -layer.weight.abs() for layer in layers]  # high: dispensable
     ranked = torch.cat([score.flatten() for score in scores])
-    if sparsity is not None:
-        dropped = round(sparsity * len(ranked))
-        threshold = ranked.sort(descending=True).values[dropped - 1].item() if dropped else float("inf")
+    if kind == "sparsity":
+        dropped = round(value * len(ranked))
+        value = ranked.sort(descending=True).values[dropped - 1].item() if dropped else float("inf")
     for layer, score in zip(layers, scores):
-        layer.mask.copy_(score < threshold)
+        layer.mask.copy_(score < value)
+    return student
 
 
 def deployed(student):
@@ -499,21 +431,8 @@ if __name__ == "__main__":
         saved = load(path, script, args)
         args = tyro.cli(Args, default=Args(**{**saved["args"], "env_kwargs": {}}))  # the run's own flags, unless given again
         args.env_kwargs = args.env_kwargs or saved["args"]["env_kwargs"]
-    shares = "gamma tau learning_rate sigma_learning_rate critic_learning_rate noise_memory eta_start eta_end".split()
-    zero = "seed checkpoint_interval fine_tune_updates".split()
-    check_flags(args, zero, dict.fromkeys(shares, 1) | {"seed": 10**9}, saved["args"] if args.resume else {})
-    if not all(0 <= share < 1 for share in args.target_sparsity):
-        raise ValueError(
-            f"--target-sparsity: expected shares below 1, got {args.target_sparsity}; 0.97 leaves 3 of 100 weights"
-        )
-    if args.student == "magnitude" and len(args.target_sparsity) != 1:
-        raise ValueError(f"--target-sparsity: magnitude prunes as it trains, to one, got {args.target_sparsity}; name one")
-    if args.c_threshold and args.student != "svd":
-        raise ValueError(f"--c-threshold: expected --student svd, got {args.student}; use --target-sparsity")
-    if not args.bc and args.q_coef == 0:
-        raise ValueError("--no-bc: expected a --q-coef above 0, got 0: nothing would be learned; raise it")
-    if args.cuda and not torch.cuda.is_available():
-        raise ValueError("--cuda: expected a CUDA device, PyTorch finds none; drop the flag, or resume with --no-cuda")
+    check_flags(args, saved=saved["args"] if args.resume else {})
+    check_cuts(args)
     torch.set_num_threads(int(os.getenv("OMP_NUM_THREADS", 1)))  # more are slower, unless networks are large and cores idle
     tune_cpu()
     # TRY NOT TO MODIFY: seeding
@@ -527,11 +446,8 @@ if __name__ == "__main__":
         args.prev_action = teacher_args.prev_action
     # env setup
     make = [args.env_id, args.env_kwargs, args.prev_action]
-    try:
+    with env_errors(args.env_id):  # they name the flags
         envs = gym.vector.SyncVectorEnv([make_env(*make)])
-    except Exception as error:  # whatever an environment raises
-        what = f"--env-id {args.env_id}: cannot be made and flattened with these --env-kwargs"
-        raise ValueError(f"{what}: {error!r}; change them, or take in make_env a part of the observation") from error
     eval_fns = [make_env(*make, i) for i in range(args.eval_episodes)]
     some_fns = eval_fns[: (args.eval_episodes + 3) // 4]  # for what is looked at in passing
     if args.evaluate:
@@ -557,26 +473,22 @@ if __name__ == "__main__":
     print(f"{args.exp_name}: {args.env_id}, {args.updates:,} updates before pruning, {device}, {scan}")
     print(f"student: {args.student}, teacher: {args.teacher}; {run_dir}")
     # the variables that a checkpoint holds, pickled together, so that the optimizer keeps its hold on the student's weights
-    state = "student target critics target_critics optimizer critic_optimizer rng tape heldout reference pruned update".split()
+    state = "student optimizer rng tape heldout reference pruned update".split()
     if saved:
         globals().update(saved["state"])
     else:
         data_fns = [make_env(*make, i) for i in range(args.data_episodes + args.heldout_episodes)]
         played, data_returns = collect(teacher, data_fns, args, rng)
-        tape, heldout = (
-            played.episodes(range(*span)) for span in ((0, args.data_episodes), (args.data_episodes, len(data_fns)))
-        )
+        tape, heldout = played.episodes(range(args.data_episodes)), played.episodes(range(args.data_episodes, len(data_fns)))
         obs_size, action_size = tape.obs.shape[1], tape.labels.shape[1]
         reference = {"data": data_returns, "random": evaluate(Chance(action_size), eval_fns, args).tolist()}
         reference |= {"teacher": evaluate(teacher, eval_fns, args).tolist(), "numbers": teacher.numbers}
         reference["latency"] = latency(teacher, tape.obs[0].numpy(), teacher.initial_state(1))
         student = Student(obs_size, action_size, args.hidden_size, args.state_size, args.hidden_size, args.r_min, args.r_max)
-        student, critics = student.to(device), Critics(obs_size, action_size).to(device)
-        target, target_critics = copy.deepcopy(student), copy.deepcopy(critics)
+        student.to(device)
         sigmas = [layer.log_sigma2 for layer in student.layers().values()]
         others = [v for name, v in student.named_parameters() if v.requires_grad and "log_sigma2" not in name]
         optimizer = torch.optim.Adam([{"params": others}, {"params": sigmas}], lr=args.learning_rate, fused=True)
-        critic_optimizer = torch.optim.Adam(critics.parameters(), lr=args.critic_learning_rate, fused=True)
         heldout, update, pruned = Tape(*(v.to(device) for v in heldout)), 0, []
         for name in ("teacher", "data", "random"):
             writer.add_scalar(f"charts/{name}_return", np.mean(reference[name]), 0)
@@ -586,11 +498,7 @@ if __name__ == "__main__":
     variational = args.student == "svd"
     cuts = [("threshold", value) for value in args.c_threshold] + [("sparsity", value) for value in args.target_sparsity]
     cuts = cuts or [("threshold" if variational else "sparsity", 0.0)]  # log alpha of 0: as much noise as weight
-
-    def prune_copy(kind, value):
-        cut = copy.deepcopy(student)
-        prune(cut, "log_alpha" if variational else "weight", **{kind: value})
-        return cut
+    by = "log_alpha" if variational else "weight"  # what decides which weights are dropped
 
     def performance(agent, env_fns):
         """Between random actions (0) and the teacher (100), of episodes with the same starts; and the returns."""
@@ -602,10 +510,8 @@ if __name__ == "__main__":
         writer.flush()  # before the checkpoint: a resumed run logs only what comes after it
         content = {"script": script, "args": asdict(args), "state": {name: globals()[name] for name in state}}
         save(f"{run_dir}/checkpoint.pt", content)
-
-    def check_stop(saved_update):
         if stop:
-            print(f"stopped; --resume {run_dir} goes on from update {saved_update:,}")
+            print(f"stopped; --resume {run_dir} goes on from update {update:,}")
             sys.exit(128 + stop[0])
 
     total, start_time, start_update = args.updates + len(cuts) * args.fine_tune_updates, time.time(), update
@@ -613,22 +519,10 @@ if __name__ == "__main__":
     while update < args.updates:
         if stop or args.checkpoint_interval and update % args.checkpoint_interval == 0:
             checkpoint()
-            check_stop(update)
-        done, losses = update / args.updates, {}
-        batch = tape.sample(args.batch_episodes, rng, device)
-        # ALGO LOGIC: critics
-        if args.q_coef and update % args.critic_frequency == 0:
-            with torch.no_grad():
-                features = target_critics.features(batch.obs, batch.begins)
-                actions = next_actions(target(batch.obs, batch.begins), rng)
-                goal = critic_target(batch, target_critics(features, actions), args.gamma)
-            features = critics.features(batch.obs, batch.begins)[~batch.final]
-            losses["qf_loss"] = F.mse_loss(critics(features, batch.actions[~batch.final]), goal.expand(2, -1))
-            critic_optimizer.zero_grad()
-            losses["qf_loss"].backward()
-            critic_optimizer.step()
+        done, batch = update / args.updates, tape.sample(args.batch_episodes, rng, device)
         # ALGO LOGIC: the student
-        loss, parts = student_loss(student, critics, batch, args, rng if variational else None)
+        losses = {"clone_loss": clone_loss(student, batch, rng if variational else None)}
+        loss = losses["clone_loss"]
         eta = kl_weight(done, args)
         if variational:
             log_alpha = torch.cat([layer.log_alpha().flatten() for layer in student.layers().values()])
@@ -647,60 +541,53 @@ if __name__ == "__main__":
             raise FloatingPointError(f"update {update}: loss {loss:.3g}, gradient norm {grad_norm:.3g}; {remedy}")
         optimizer.step()
         update += 1
-        with torch.no_grad():
-            for layer in student.layers().values():
-                layer.log_sigma2.clamp_(max=4)
-            for slow, fast in ((target, student), (target_critics, critics)) if args.q_coef else ():
-                for target_param, param in zip(slow.parameters(), fast.parameters()):
-                    target_param.lerp_(param, args.tau)
+        for layer in student.layers().values():
+            layer.log_sigma2.data.clamp_(max=4)
         if args.student == "magnitude" and update % 50 == 0:  # a cubic ramp: Zhu and Gupta (2017), eq. 1
             share = 1 - (1 - ramp(update / args.updates, args.eta_start, args.eta_end)) ** 3
-            prune(student, "weight", sparsity=share * args.target_sparsity[0])
+            prune(student, by, "sparsity", share * args.target_sparsity[0])
         if update % 100 == 0:
-            for name, value in {**losses, **parts, "grad_norm": grad_norm}.items():
+            for name, value in {**losses, "grad_norm": grad_norm}.items():
                 writer.add_scalar(f"losses/{name}", value, update)
             writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], update)
             writer.add_scalar("charts/SPS", int((update - start_update) / (time.time() - start_time)), update)
             if variational:
                 writer.add_scalar("charts/eta", eta, update)
                 writer.add_scalar("charts/sparsity", (log_alpha > 0).float().mean(), update)
-            bar.set_postfix(clone_loss=parts["clone_loss"].item(), refresh=False)
+            bar.set_postfix(clone_loss=losses["clone_loss"].item(), refresh=False)
         if update >= 0.8 * args.updates and update % max(1, args.updates // 20) == 0:
             # stability: checkpoints of the last fifth, pruned and not fine-tuned
-            pruned.append(performance(prune_copy(*cuts[0]), some_fns)[0])
+            pruned.append(performance(prune(copy.deepcopy(student), by, *cuts[0]), some_fns)[0])
             writer.add_scalar("charts/pruned_performance", pruned[-1], update)
         bar.update(1)
     checkpoint()
-    report = {"args": asdict(args), "transitions": transitions, "last_fifth": pruned, "sweep": [], "cuts": []}
+    report = {"args": asdict(args), "transitions": transitions, "last_fifth": pruned, "cuts": []}
     report |= {name: reference[name] for name in ("numbers", "latency")}
     report["returns"] = {name: float(np.mean(reference[name])) for name in ("teacher", "data", "random")}
-    for threshold in (8, 5, 3, 1, 0, -2, -4) if variational else ():  # what other thresholds would do, without fine-tuning
-        cut = prune_copy("threshold", threshold)
-        left = sum(int(layer.mask.sum()) for layer in cut.layers().values())
-        row = {"threshold": threshold, "sparsity": 100 * (1 - left / total_weights)}
-        row["performance"] = performance(cut, some_fns)[0]
-        print("C {threshold:2d}: sparsity {sparsity:.1f} %, performance {performance:.1f} without fine-tuning".format(**row))
-        report["sweep"].append(row)
+    # what other thresholds would do, without fine-tuning
+    report["sweep"] = sweep(student, prune, lambda cut: performance(cut, some_fns)[0]) if variational else []
     global_step = update
     for kind, value in cuts:
-        rng, cut = np.random.default_rng(args.seed), prune_copy(kind, value)
+        cut, cut_rng = prune(copy.deepcopy(student), by, kind, value), np.random.default_rng(args.seed)
         row = {"cut": f"{kind} {value:g}", "before_fine_tuning": performance(cut, some_fns)[0]}
         weights = [v for name, v in cut.named_parameters() if v.requires_grad and "log_sigma2" not in name]
-        optimizer = torch.optim.Adam(weights, lr=args.learning_rate, fused=True)
+        cut_optimizer = torch.optim.Adam(weights, lr=args.learning_rate, fused=True)
         for step in range(args.fine_tune_updates):
-            check_stop(update)
-            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - step / args.fine_tune_updates)
-            loss, parts = student_loss(cut, critics, tape.sample(args.batch_episodes, rng, device), args)
-            optimizer.zero_grad()
+            if stop:
+                checkpoint()
+            cut_optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - step / args.fine_tune_updates)
+            losses = {"clone_loss": clone_loss(cut, tape.sample(args.batch_episodes, cut_rng, device))}
+            loss = losses["clone_loss"]
+            cut_optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(weights, args.max_grad_norm, foreach=True)
-            optimizer.step()
+            cut_optimizer.step()
             global_step += 1
             if global_step % 100 == 0:
-                writer.add_scalar("losses/fine_tuned_clone_loss", parts["clone_loss"], global_step)
+                writer.add_scalar("losses/fine_tuned_clone_loss", losses["clone_loss"], global_step)
             bar.update(1)
         with torch.no_grad():
-            error = clone_loss(cut(heldout.obs, heldout.begins)[~heldout.final], heldout.labels[~heldout.final])
+            error = clone_loss(cut, heldout)
         final = compact(deployed(cut))
         agent = student_of(final).to(device)
         row["performance"], returns = performance(agent, eval_fns)

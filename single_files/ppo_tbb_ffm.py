@@ -17,6 +17,7 @@ D parts of an action, H width, M traces, C contexts; time comes first. Does not 
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.6,<2.14","gymnasium>=1.1","popgym>=1.0.7","tyro>=0.9","numpy","cloudpickle","tensorboard","tqdm"]
 # ///
+import contextlib
 import os
 import random
 import sys
@@ -40,11 +41,9 @@ try:
     from cleanrl_memoroid.runs import Checked, catch_stop_signals, check_flags, checkpoint, env_errors, load, new_run_dir, save
     from cleanrl_memoroid.scan import linear_scan, tune_cpu
 except ImportError:  # alone, this file computes the same, more slowly, and trusts flags, files and environments
-    from contextlib import nullcontext as env_errors
-
     linear_scan, tune_cpu, catch_stop_signals, check_flags = None, lambda: None, lambda on=True: [], lambda *_: None
     Checked, load = lambda env, idx: env, lambda path, *_: torch.load(path, "cpu", weights_only="model.pt" in path)
-    new_run_dir = "runs/{}".format
+    env_errors, new_run_dir = contextlib.nullcontext, "runs/{}".format
 
     def save(path, content):  # writes the whole file or nothing, even if the process is killed meanwhile
         torch.save(content, f"{path}.partial")
@@ -445,8 +444,7 @@ if __name__ == "__main__":
         if saved:
             print("the environments are new or could not be saved: new episodes begin, the run differs from one never stopped")
         next_obs, _ = envs.reset(seed=int(rng.integers(2**31)) if saved else args.seed)
-        next_begins = np.ones(args.num_envs, bool)  # is next_obs[i] the first of its episode?
-        discounted = np.zeros(args.num_envs)
+        next_begins, discounted = np.ones(args.num_envs, bool), np.zeros(args.num_envs)  # is next_obs[i] its episode's first?
         recurrent_state = agent.memory.initial_state(args.num_envs)
         carried_tape = CarriedTape(obs, recurrent_state)
     # ALGO Logic: Storage setup
@@ -498,7 +496,7 @@ if __name__ == "__main__":
                 writer.add_scalar("charts/episodic_length", infos["final_info"]["episode"]["l"][i], global_step)
         # TBB: append the rollout to the rows of its running episodes, which are on the tape already
         carried_tape.add(obs, begins)
-        tape_rows = sum(map(len, carried_tape.begins))
+        writer.add_scalar("charts/prefix_share", 1 - batch_size / sum(map(len, carried_tape.begins)), global_step)
         # bootstrap value if not done
         _, next_value, _ = agent.step(next_obs, next_begins, recurrent_state)
         rewards, ended = (torch.from_numpy(v).to(device) for v in (gains, ends))
@@ -551,7 +549,6 @@ if __name__ == "__main__":
         recurrent_state = carried_tape.carry(next_begins, recurrent_state, args.max_prefix, agent)
         # TRY NOT TO MODIFY: record rewards for plotting purposes
         writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], global_step)
-        writer.add_scalar("charts/prefix_share", 1 - batch_size / tape_rows, global_step)
         losses = {"value_loss": v_loss, "policy_loss": pg_loss, "entropy": entropy_loss, "old_approx_kl": old_approx_kl}
         clipfracs = torch.stack(clipfracs).tolist()  # one wait for the device, not one in each minibatch
         losses |= {"approx_kl": approx_kl, "clipfrac": np.mean(clipfracs), "explained_variance": explained_var}

@@ -19,6 +19,7 @@ D parts of an action, H width, P complex numbers of a layer; time comes first. D
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.6,<2.14","gymnasium>=1.1","popgym>=1.0.7","tyro>=0.9","numpy","cloudpickle","tensorboard","tqdm"]
 # ///
+import contextlib
 import os
 import random
 import sys
@@ -42,11 +43,9 @@ try:
     from cleanrl_memoroid.runs import Checked, catch_stop_signals, check_flags, checkpoint, env_errors, load, new_run_dir, save
     from cleanrl_memoroid.scan import linear_scan, tune_cpu
 except ImportError:  # alone, this file computes the same, more slowly, and trusts flags, files and environments
-    from contextlib import nullcontext as env_errors
-
     linear_scan, tune_cpu, catch_stop_signals, check_flags = None, lambda: None, lambda on=True: [], lambda *_: None
     Checked, load = lambda env, idx: env, lambda path, *_: torch.load(path, "cpu", weights_only="model.pt" in path)
-    new_run_dir = "runs/{}".format
+    env_errors, new_run_dir = contextlib.nullcontext, "runs/{}".format
 
     def save(path, content):  # writes the whole file or nothing, even if the process is killed meanwhile
         torch.save(content, f"{path}.partial")
@@ -451,7 +450,6 @@ if __name__ == "__main__":
         evaluate(agent, eval_fns, args)
         sys.exit()
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)
-
     if args.track:
         import wandb
 
@@ -467,8 +465,7 @@ if __name__ == "__main__":
     # TRY NOT TO MODIFY: start the game
     obs = np.zeros((args.num_steps, *envs.observation_space.shape), np.float32)
     begins = np.zeros((args.num_steps, args.num_envs), bool)
-    return_rms = gym.wrappers.utils.RunningMeanStd()  # of the discounted returns so far, for --norm-reward
-    global_step = 0
+    return_rms, global_step = gym.wrappers.utils.RunningMeanStd(), 0  # the former of discounted returns, for --norm-reward
     # the variables that a checkpoint holds, pickled together, so that the optimizer keeps its hold on the agent's weights
     state = "agent optimizer carried_tape rng global_step next_obs next_begins recurrent_state discounted return_rms".split()
     if saved:
@@ -482,8 +479,7 @@ if __name__ == "__main__":
         if saved:
             print("the environments are new or could not be saved: new episodes begin, the run differs from one never stopped")
         next_obs, _ = envs.reset(seed=int(rng.integers(2**31)) if saved else args.seed)
-        next_begins = np.ones(args.num_envs, bool)  # is next_obs[i] the first of its episode?
-        discounted = np.zeros(args.num_envs)
+        next_begins, discounted = np.ones(args.num_envs, bool), np.zeros(args.num_envs)  # is next_obs[i] its episode's first?
         recurrent_state = agent.memory.initial_state(args.num_envs)
         carried_tape = CarriedTape(obs, recurrent_state)
     # ALGO Logic: Storage setup
@@ -535,7 +531,7 @@ if __name__ == "__main__":
                 writer.add_scalar("charts/episodic_length", infos["final_info"]["episode"]["l"][i], global_step)
         # TBB: append the rollout to the rows of its running episodes, which are on the tape already
         carried_tape.add(obs, begins)
-        tape_rows = sum(map(len, carried_tape.begins))
+        writer.add_scalar("charts/prefix_share", 1 - batch_size / sum(map(len, carried_tape.begins)), global_step)
         # bootstrap value if not done
         _, next_value, _ = agent.step(next_obs, next_begins, recurrent_state)
         rewards, ended = (torch.from_numpy(v).to(device) for v in (gains, ends))
@@ -558,22 +554,18 @@ if __name__ == "__main__":
                     clipfracs += [((ratio - 1.0).abs() > args.clip_coef).float().mean()]
                     if logprob_error is None:  # TBB: before the first update, the tape and the rollout must be one policy
                         logprob_error = logratio.abs().max()
-
                 if args.norm_adv and len(mb_advantages) > 1:
                     mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
-
                 # Policy loss
                 pg_loss1 = -mb_advantages * ratio
                 pg_loss2 = -mb_advantages * torch.clamp(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
                 pg_loss = torch.max(pg_loss1, pg_loss2).mean()
-
                 # Value loss
                 v_loss = (newvalue - mb_returns) ** 2
                 if args.clip_vloss:
                     v_clipped = mb_values + torch.clamp(newvalue - mb_values, -args.clip_coef, args.clip_coef)
                     v_loss = torch.max(v_loss, (v_clipped - mb_returns) ** 2)
                 v_loss = 0.5 * v_loss.mean()
-
                 entropy_loss = -(policy.exp() * policy).sum((-2, -1)).mean()
                 loss = pg_loss - args.ent_coef * entropy_loss + v_loss * args.vf_coef
                 optimizer.zero_grad()
@@ -592,7 +584,6 @@ if __name__ == "__main__":
         recurrent_state = carried_tape.carry(next_begins, recurrent_state, args.max_prefix, agent)
         # TRY NOT TO MODIFY: record rewards for plotting purposes
         writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], global_step)
-        writer.add_scalar("charts/prefix_share", 1 - batch_size / tape_rows, global_step)
         losses = {"value_loss": v_loss, "policy_loss": pg_loss, "entropy": entropy_loss, "old_approx_kl": old_approx_kl}
         clipfracs = torch.stack(clipfracs).tolist()  # one wait for the device, not one in each minibatch
         losses |= {"approx_kl": approx_kl, "clipfrac": np.mean(clipfracs), "explained_variance": explained_var}

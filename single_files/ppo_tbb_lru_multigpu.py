@@ -19,6 +19,7 @@ D parts of an action, H width, P complex numbers of a layer; time comes first. D
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.6,<2.14","gymnasium>=1.1","popgym>=1.0.7","tyro>=0.9","numpy","cloudpickle","tensorboard","tqdm"]
 # ///
+import contextlib
 import os
 import random
 import sys
@@ -43,11 +44,9 @@ try:
     from cleanrl_memoroid.runs import Checked, catch_stop_signals, check_flags, checkpoint, env_errors, load, new_run_dir, save
     from cleanrl_memoroid.scan import linear_scan, tune_cpu
 except ImportError:  # alone, this file computes the same, more slowly, and trusts flags, files and environments
-    from contextlib import nullcontext as env_errors
-
     linear_scan, tune_cpu, catch_stop_signals, check_flags = None, lambda: None, lambda on=True: [], lambda *_: None
     Checked, load = lambda env, idx: env, lambda path, *_: torch.load(path, "cpu", weights_only="model.pt" in path)
-    new_run_dir = "runs/{}".format
+    env_errors, new_run_dir = contextlib.nullcontext, "runs/{}".format
 
     def save(path, content):  # writes the whole file or nothing, even if the process is killed meanwhile
         torch.save(content, f"{path}.partial")

@@ -15,6 +15,11 @@ Shapes: S steps of a rollout, N environments, M policies, T rows of E columns (e
 numbers of an action, H width, P complex numbers of memory; time comes first. Does not include: images.
 """
 
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6,<2.14","gymnasium>=1.1","popgym>=1.0.7","tyro>=0.9","numpy","cloudpickle","tensorboard","tqdm"]
+# ///
+import contextlib
 import os
 import random
 import sys
@@ -37,13 +42,11 @@ try:
     from cleanrl_memoroid.runs import Checked, catch_stop_signals, check_flags, checkpoint, env_errors, load, new_run_dir, save
     from cleanrl_memoroid.scan import linear_scan, tune_cpu
 except ImportError:  # alone, this file computes the same, more slowly, and trusts flags, files and environments
-    from contextlib import nullcontext as env_errors
-
     linear_scan, tune_cpu, catch_stop_signals, check_flags = None, lambda: None, lambda on=True: [], lambda *_: None
     Checked, load = lambda env, idx: env, lambda path, *_: torch.load(path, "cpu", weights_only="model.pt" in path)
-    new_run_dir = "runs/{}".format
+    env_errors, new_run_dir = contextlib.nullcontext, "runs/{}".format
 
-    def save(path, content):  # leaves a whole file or none under this name, also when the process is killed on the way
+    def save(path, content):  # writes the whole file or nothing, even if the process is killed meanwhile
         torch.save(content, f"{path}.partial")
         os.replace(f"{path}.partial", path)
 
@@ -65,14 +68,14 @@ class Args:
     wandb_project_name: str = "cleanrl-memoroid"  # the project name in Weights and Biases (the team: WANDB_ENTITY)
     capture_video: bool = False  # if toggled, record an episode of the evaluation in `videos/`
     eval_episodes: int = 100  # number of greedy episodes after training and with --evaluate; 0: none (episodes)
-    eval_max_steps: int = 10_000  # an evaluation ends here; episodes that still run count as they are (steps)
+    eval_max_steps: int = 10_000  # an evaluation stops here; running episodes count with their return so far (steps)
     checkpoint_interval: int = 50_000  # environment steps between checkpoints, for --resume; 0: at Ctrl-C only (steps)
-    resume: str | None = None  # run directory: continue it, under its flags unless given again (unpickles: only your own)
-    evaluate: str | None = None  # run directory: play greedy episodes with its trained model, and exit
+    resume: str | None = None  # run directory to continue, with its flags unless you give others (unpickles: only your own)
+    evaluate: str | None = None  # run directory whose trained model plays greedy episodes; then exit
 
     # Algorithm specific arguments
     env_id: str = "HillCar-v0"  # HillCar-v0, HillCarCue-v0, or any environment with vector observations and Box actions
-    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # of its constructor: k 10 num_decks 2
+    env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # for its constructor: k 10 num_decks 2
     prev_action: bool = True  # if toggled, POPGym observations include the previous action
     total_timesteps: int = 1_966_080  # total timesteps of the experiment, over all environments (steps)
     learning_rate: float = 2e-3  # the learning rate of the optimizer; that of log_std is three times as large
@@ -81,7 +84,7 @@ class Args:
     anneal_lr: bool = False  # if toggled, the learning rate falls linearly to zero
     gamma: float = 0.99  # the discount factor gamma
     gae_lambda: float = 0.95  # the lambda for the general advantage estimation
-    num_minibatches: int = 4  # the number of minibatches; TBB: each of whole environments, whose steps stay in order
+    num_minibatches: int = 4  # the number of minibatches; TBB: each has whole environments, whose steps stay in order
     update_epochs: int = 4  # the K epochs to update the policy
     norm_reward: bool = False  # if toggled, divide rewards by the standard deviation of the discounted return so far
     norm_adv: bool = True  # if toggled, advantages are normalised over the whole batch, borrowed rows included
@@ -89,7 +92,7 @@ class Args:
     ent_coef: float = 0.0  # coefficient of the entropy, of every policy; followers get --entropy-scale on top
     vf_coef: float = 0.5  # coefficient of the value function
     max_grad_norm: float = 0.5  # the maximum norm of the gradient
-    target_kl: float | None = None  # after an epoch with a larger KL divergence from the rollout's policy, stop updating
+    target_kl: float | None = None  # stop updating after an epoch with a larger KL divergence from the rollout's policy
     truncation_is_terminal: bool = False  # if toggled, a time limit ends the return as termination does (POPGym's reading)
 
     # Memory specific arguments
@@ -205,7 +208,7 @@ def make_env(env_id, env_kwargs, prev_action=True, idx=0, video_folder=None):
 
 
 def resettable(operator, identity):
-    """TBB: the operator that starts anew where an episode begins, (h, b) ∘ (h', b') = ((e if b' else h) • h', b or b').
+    """TBB: makes an operator start anew when an episode begins: (h, b) ∘ (h', b') = ((e if b' else h) • h', b or b').
 
     Source: Morad et al. (2024), eq. 12. It selects instead of multiplying by a mask, because 0 * nan is nan.
     """
@@ -221,8 +224,8 @@ def resettable(operator, identity):
 def associative_scan(operator, elems):
     """TBB: out[t] = elems[0] • elems[1] • ... • elems[t] along time, for a tuple of tensors [T, ...].
 
-    Combine neighbours, scan the result, which is half as long, and fill in the rows between: O(T) operator applications,
-    O(log T) deep, differentiable through the operator (Blelloch, 1993, section 1.4).
+    It combines neighbours, scans the result, which is half as long, and fills in the rows between. That takes O(T)
+    applications of the operator, O(log T) deep; gradients flow through the operator (Blelloch, 1993, section 1.4).
     """
     steps = len(elems[0])
     if steps == 1:
@@ -230,7 +233,7 @@ def associative_scan(operator, elems):
     odd = associative_scan(operator, operator(tuple(e[:-1:2] for e in elems), tuple(e[1::2] for e in elems)))
     rest = operator(tuple(o[: (steps - 1) // 2] for o in odd), tuple(e[2::2] for e in elems))
     even = tuple(torch.cat([e[:1], r]) for e, r in zip(elems, rest))  # out[0], then out[2] = out[1] • elems[2], ...
-    if steps % 2:  # one row more, to make the last pair whole, and off again
+    if steps % 2:  # an extra row completes the last pair, and is cut off below
         odd = tuple(torch.cat([o, o[-1:]]) for o in odd)
     return tuple(torch.stack(rows, 1).flatten(0, 1)[:steps] for rows in zip(even, odd))
 
@@ -437,7 +440,7 @@ def gae(rewards, values, next_values, ended, gamma, gae_lambda):
     """A[t] = delta[t] + gamma lambda A[t+1], where delta = r + gamma V(s') - V(s): Schulman et al. (2016), eq. 16. [S, N]
 
     TBB: this recurrence is a memoroid, too: a scan from the last step to the first, which starts anew at an episode's end.
-    next_values: 0 where an episode has terminated, else the value of what followed, be it a truncated episode's final state.
+    next_values: 0 if the episode terminated, else the value of the next observation, or of the final one if it was cut off.
     """
     delta = rewards + gamma * next_values - values
     if linear_scan:
@@ -529,7 +532,7 @@ if __name__ == "__main__":
     # env setup
     with env_errors(args.env_id):  # they name the flags
         envs = make_envs(args, args.num_envs)
-        if args.capture_video:  # what cannot be recorded is better known now than after training
+        if args.capture_video:  # if it cannot be recorded, say so before training
             make_env(args.env_id, args.env_kwargs, args.prev_action, 0, "videos")().close()
     agent = Agent(envs, args).to(device)
     if saved:
@@ -558,8 +561,7 @@ if __name__ == "__main__":
     envs.spread = True  # HillCar: not all first episodes end in the same step
     obs = torch.zeros(args.num_steps, *envs.observation_space.shape, device=device)
     begins, ended, cut_off = torch.zeros(3, args.num_steps, args.num_envs, dtype=torch.bool, device=device)
-    return_rms = gym.wrappers.utils.RunningMeanStd()  # of the discounted returns so far, for --norm-reward
-    global_step = 0
+    return_rms, global_step = gym.wrappers.utils.RunningMeanStd(), 0  # the former of discounted returns, for --norm-reward
     # the variables that a checkpoint holds, pickled together, so that the optimizer keeps its hold on the agent's weights
     state = "agent optimizer carried_tape rng global_step next_obs next_begins discounted return_rms".split()
     if saved:
@@ -573,8 +575,7 @@ if __name__ == "__main__":
         if saved:
             print("the environments are new or could not be saved: new episodes begin, the run differs from one never stopped")
         next_obs, _ = envs.reset(seed=int(rng.integers(2**31)) if saved else args.seed)
-        next_begins = np.ones(args.num_envs, bool)  # is next_obs[i] the first of its episode?
-        discounted = np.zeros(args.num_envs)
+        next_begins, discounted = np.ones(args.num_envs, bool), np.zeros(args.num_envs)  # is next_obs[i] its episode's first?
         nothing = torch.zeros(args.num_envs, args.state_size, dtype=torch.complex64, device=device)
         carried_tape = CarriedColumns(obs, begins, nothing)
     # ALGO Logic: Storage setup
@@ -673,7 +674,6 @@ if __name__ == "__main__":
                     clipped.append((outside[:, own].mean(), outside[:, ~own].mean()))
                     if logprob_error is None:  # TBB: before the first update, the tape and the rollout must be one policy
                         logprob_error = logratio.abs().max().item()
-
                 pg_loss = policy_loss(newlogprob, mb_old, mb_acted, mb_advantages, args.clip_coef, args.importance).mean()
                 v_loss = 0.5 * ((newvalue - mb_returns) ** 2).mean()
                 entropy = (0.5 + 0.5 * np.log(2 * np.pi) + policy[1]).sum(-1)  # [E], the same at every step
@@ -725,6 +725,6 @@ if __name__ == "__main__":
     print(f"trained for {global_step:,} steps, {time.time() - start_time:.1f} seconds; the model is {run_dir}/model.pt")
     if args.eval_episodes:
         for idx, episode in enumerate(evaluate(agent, make_envs(args, args.eval_episodes, video_folder), args)):
-            writer.add_scalar("eval/episodic_return", episode, global_step + idx)  # --resume takes it back
+            writer.add_scalar("eval/episodic_return", episode, global_step + idx)  # --resume deletes it
     envs.close()
     writer.close()

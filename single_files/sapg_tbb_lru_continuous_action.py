@@ -27,6 +27,7 @@ numbers of an action, L latent vector, H width, P complex numbers of memory; tim
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.6,<2.14","gymnasium>=1.1","popgym>=1.0.7","tyro>=0.9","numpy","cloudpickle","tensorboard","tqdm"]
 # ///
+import contextlib
 import os
 import random
 import sys
@@ -50,11 +51,9 @@ try:
     from cleanrl_memoroid.runs import Checked, catch_stop_signals, check_flags, checkpoint, env_errors, load, new_run_dir, save
     from cleanrl_memoroid.scan import linear_scan, tune_cpu
 except ImportError:  # alone, this file computes the same, more slowly, and trusts flags, files and environments
-    from contextlib import nullcontext as env_errors
-
     linear_scan, tune_cpu, catch_stop_signals, check_flags = None, lambda: None, lambda on=True: [], lambda *_: None
     Checked, load = lambda env, idx: env, lambda path, *_: torch.load(path, "cpu", weights_only="model.pt" in path)
-    new_run_dir = "runs/{}".format
+    env_errors, new_run_dir = contextlib.nullcontext, "runs/{}".format
 
     def save(path, content):  # writes the whole file or nothing, even if the process is killed meanwhile
         torch.save(content, f"{path}.partial")
@@ -559,8 +558,7 @@ if __name__ == "__main__":
     envs.spread = True  # HillCar: not all first episodes end in the same step
     obs = torch.zeros(args.num_steps, *envs.observation_space.shape, device=device)
     begins = torch.zeros(args.num_steps, args.num_envs, dtype=torch.bool, device=device)
-    return_rms = gym.wrappers.utils.RunningMeanStd()  # of the discounted returns so far, for --norm-reward
-    global_step = 0
+    return_rms, global_step = gym.wrappers.utils.RunningMeanStd(), 0  # the former of discounted returns, for --norm-reward
     # the variables that a checkpoint holds, pickled together, so that the optimizer keeps its hold on the agent's weights
     state = "agent optimizer carried_tape rng global_step next_obs next_begins discounted return_rms".split()
     if saved:
@@ -574,8 +572,7 @@ if __name__ == "__main__":
         if saved:
             print("the environments are new or could not be saved: new episodes begin, the run differs from one never stopped")
         next_obs, _ = envs.reset(seed=int(rng.integers(2**31)) if saved else args.seed)
-        next_begins = np.ones(args.num_envs, bool)  # is next_obs[i] the first of its episode?
-        discounted = np.zeros(args.num_envs)
+        next_begins, discounted = np.ones(args.num_envs, bool), np.zeros(args.num_envs)  # is next_obs[i] its episode's first?
         nothing = torch.zeros(args.num_envs, args.state_size, dtype=torch.complex64, device=device)
         carried_tape = CarriedColumns(obs, begins, nothing)
     # ALGO Logic: Storage setup
@@ -676,7 +673,6 @@ if __name__ == "__main__":
                     clipped.append((outside[:, own].mean(), outside[:, ~own].mean()))
                     if logprob_error is None:  # TBB: before the first update, the tape and the rollout must be one policy
                         logprob_error = logratio.abs().max()
-
                 pg_loss = policy_loss(newlogprob, mb_old, mb_acted, mb_advantages, args.clip_coef, args.importance).mean()
                 v_loss = 0.5 * ((newvalue - mb_returns) ** 2).mean()
                 entropy = (0.5 + 0.5 * np.log(2 * np.pi) + policy[1]).sum(-1)  # [E], the same at every step

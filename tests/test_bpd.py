@@ -54,13 +54,18 @@ SCRIPTS = {
         "--total-timesteps 600 --num-envs 10 --learning-starts 520 --train-frequency 16 --hidden-size 16 --state-size 4",
     ),
 }
-CONTINUOUS = "bpd_tbb_lru_continuous_action"
+CONTINUOUS, CRITICS = "bpd_tbb_lru_continuous_action", "bpd_q_tbb_lru_continuous_action"
 every_script = pytest.mark.parametrize("script", SCRIPTS)
 
 
 @pytest.fixture(scope="module")
 def bpd():
     return load_script(CONTINUOUS)
+
+
+@pytest.fixture(scope="module")
+def bpd_q():
+    return load_script(CRITICS)
 
 
 @pytest.fixture(scope="session")
@@ -143,16 +148,16 @@ def test_pruning_takes_the_least(bpd):
         layer.log_sigma2.data += i + torch.rand_like(layer.log_sigma2)
     total = sum(layer.weight.numel() for layer in student.layers().values())
     for by in ("log_alpha", "weight"):
-        bpd.prune(student, by, sparsity=0.8)
+        assert bpd.prune(student, by, "sparsity", 0.8) is student
         score = [layer.log_alpha() if by == "log_alpha" else -layer.weight.abs() for layer in student.layers().values()]
         kept, dropped = (
             torch.cat([s[layer.mask == value] for s, layer in zip(score, student.layers().values())]) for value in (1, 0)
         )
         assert len(dropped) == round(0.8 * total) and dropped.min() >= kept.max()
-    bpd.prune(student, "log_alpha", threshold=-6.0)
+    bpd.prune(student, "log_alpha", "threshold", -6.0)
     for layer in student.layers().values():
         assert torch.equal(layer.mask == 1, layer.log_alpha() < -6)
-    bpd.prune(student, "weight", sparsity=0.0)
+    bpd.prune(student, "weight", "sparsity", 0.0)
     assert all(layer.mask.all() for layer in student.layers().values())
 
 
@@ -212,7 +217,7 @@ def test_a_compacted_student_acts_the_same(bpd, tmp_path):
 def test_nothing_may_be_left(bpd):
     student = bpd.Student(3, 2, 4, 5, 6)
     student.V.bias.data = torch.tensor([0.2, -0.4])
-    bpd.prune(student, "weight", sparsity=0.999)
+    bpd.prune(student, "weight", "sparsity", 0.999)
     for layer in student.layers().values():
         layer.mask.zero_()
     small = bpd.student_of(compact(bpd.deployed(student)))
@@ -232,23 +237,42 @@ def test_the_loop_of_the_file_is_the_scan(bpd, monkeypatch):
     torch.testing.assert_close(memory(obs, begins), expected, atol=1e-5, rtol=1e-5)
 
 
-def tape_of(bpd):
+def tape_of(bpd_q):
     """Episodes of two and three transitions, the first terminated, the second cut off."""
     begins, final = torch.tensor([1, 0, 0, 1, 0, 0, 0]).bool(), torch.tensor([0, 0, 1, 0, 0, 0, 1]).bool()
     terminations = torch.tensor([0, 1, 0, 0, 0, 0, 0]).bool()
     numbers = torch.arange(7.0)
-    return bpd.Tape(numbers[:, None], begins, final, numbers[:, None], numbers[:, None], numbers, terminations)
+    return bpd_q.Tape(numbers[:, None], begins, final, numbers[:, None], numbers[:, None], numbers, terminations)
 
 
-def test_targets_of_the_critics(bpd):
+def test_targets_of_the_critics(bpd_q):
     values = torch.stack([10.0 * torch.arange(7), 10.0 * torch.arange(7) + torch.tensor([1, -1, 1, -1, 1, -1, 1])])
-    found = bpd.critic_target(tape_of(bpd), values, 0.5)
+    found = bpd_q.critic_target(tape_of(bpd_q), values, 0.5)
     # transitions 0, 1, 3, 4, 5; the next rows' smaller values are 9 at row 1, 40 at 4, 49 at 5, 60 at 6
     torch.testing.assert_close(found, torch.tensor([0 + 4.5, 1.0, 3 + 20.0, 4 + 24.5, 5 + 30.0]))
 
 
-def test_samples_are_whole_episodes(bpd):
-    tape = tape_of(bpd)
+def test_slow_copies_follow_and_the_pair_learns_when_it_is_due(bpd_q):
+    args, rng = bpd_q.Args(tau=0.25, critic_frequency=2), np.random.default_rng(0)
+    student, tape = bpd_q.Student(1, 1, 4, 3, 4), tape_of(bpd_q)
+    critics = bpd_q.Critics(student, 1, 1, args)
+    slow, before = critics.slow_student.V.bias.clone(), critics.pair.heads[0][0].bias.clone()
+    student.V.bias.data += 1
+    assert set(critics.learn(tape, student, 2, rng, args)) == {"qf_loss"}
+    torch.testing.assert_close(critics.slow_student.V.bias, slow + 0.25)
+    after = critics.pair.heads[0][0].bias.clone()
+    assert not torch.equal(after, before) and torch.equal(critics.slow.heads[0][0].bias, before)
+    assert critics.learn(tape, student, 3, rng, args) == {}  # not due
+    torch.testing.assert_close(critics.slow.heads[0][0].bias, before + 0.25 * (after - before))
+    assert torch.equal(critics.pair.heads[0][0].bias, after)
+    losses = {}
+    loss = bpd_q.student_loss(student, critics, tape, losses, args)
+    torch.testing.assert_close(loss, losses["clone_loss"] - losses["lambda"] * losses["q_values"])
+    torch.testing.assert_close(losses["clone_loss"], bpd_q.clone_loss(student, tape))
+
+
+def test_samples_are_whole_episodes(bpd_q):
+    tape = tape_of(bpd_q)
     sample = tape.sample(50, np.random.default_rng(0), "cpu")
     starts = [*sample.begins.nonzero().flatten().tolist(), len(sample.obs)]
     found = {tuple(sample.rewards[a:b].tolist()) for a, b in zip(starts, starts[1:])}
@@ -267,9 +291,11 @@ class Counter:
         return (state / 10).expand(-1, 2).clone(), state
 
 
-def test_the_data_are_the_teachers_episodes(bpd):
-    args, make = bpd.Args(data_noise=0.01, gamma=0.5), [bpd.make_env("counting_env:CountingBox-v0", {})] * 7
-    tape, returns = bpd.collect(Counter(), make, args, np.random.default_rng(0))
+def test_the_data_are_the_teachers_episodes(bpd, bpd_q):
+    args, make = bpd_q.Args(data_noise=0.01, gamma=0.5), [bpd.make_env("counting_env:CountingBox-v0", {})] * 7
+    tape, returns = bpd_q.collect(Counter(), make, args, np.random.default_rng(0))
+    less, same = bpd.collect(Counter(), make, args, np.random.default_rng(0))
+    assert returns == same and all(map(torch.equal, less, tape))  # without rewards and ends, of which only critics learn
     starts = [*tape.begins.nonzero().flatten().tolist(), len(tape.obs)]
     assert len(starts) == 8
     unit = None
@@ -298,7 +324,7 @@ def test_noise_lasts_as_it_is_told(bpd):
 
 
 def test_finite_actions(bpd):
-    """One-hot actions of the largest sum, numbers from where the space starts, cross entropy, expected values."""
+    """One-hot actions of the largest sum, numbers from where the space starts, cross entropy."""
     import counting_env
     import gymnasium as gym
 
@@ -307,13 +333,10 @@ def test_finite_actions(bpd):
     np.testing.assert_array_equal(finite.execute(labels, np.float32([[0, 0, 0.2], [0, 0.3, 0]])), [[1, 0, 0], [0, 1, 0]])
     envs = gym.vector.SyncVectorEnv([counting_env.Counting] * 2)  # its actions are 5, 6 and 7
     np.testing.assert_array_equal(finite.env_actions(envs, labels), [5, 7])
-    scores = torch.randn(2, 3)
-    found = finite.clone_loss(torch.softmax(scores, -1), torch.from_numpy(labels))
-    torch.testing.assert_close(found, torch.nn.functional.cross_entropy(scores, torch.from_numpy(labels)))
-    critics, features = finite.Critics(4, 3), torch.randn(2, 36)
-    labels = torch.from_numpy(labels)
-    parts = [critics(features, torch.eye(3)[[a, a]]) * labels[None, :, a] for a in range(3)]
-    torch.testing.assert_close(critics(features, labels), sum(parts))
+    scores, labels = torch.randn(3, 3), torch.from_numpy(np.vstack([labels, labels[:1]]))
+    tape = finite.Tape(torch.zeros(3, 1), torch.zeros(3).bool(), torch.tensor([False, False, True]), None, labels)
+    found = finite.clone_loss(lambda obs, begins, rng: torch.softmax(scores, -1), tape)
+    torch.testing.assert_close(found, torch.nn.functional.cross_entropy(scores[:2], labels[:2]))
 
 
 @every_script
@@ -386,11 +409,13 @@ def test_the_file_alone_runs(finished, teacher, tmp_path, script):
         ("--student dense --label executed", "sparsity 0"),
         ("--student magnitude --target-sparsity 0.9", "sparsity 0.9"),
         ("--student l1 --target-sparsity 0.8 0.9 --l1-coef 0.01", "sparsity 0.9"),
+        ("--eta-schedule constant --c-threshold 1 3", "threshold 3"),
         ("--no-bc --q-coef 1 --c-threshold 1 3 --eta-schedule exp", "threshold 3"),
     ],
 )
 def test_arms(teacher, tmp_path, flags, made):
-    out = run(tmp_path, *FLAGS.split(), *flags.split(), "--teacher", str(teacher(CONTINUOUS)), script=CONTINUOUS)
+    script = CRITICS if "q-coef" in flags else CONTINUOUS
+    out = run(tmp_path, *FLAGS.split(), *flags.split(), "--teacher", str(teacher(CONTINUOUS)), script=script)
     report = json.loads((run_folder(tmp_path) / "report.json").read_text())
     assert report["cuts"][-1]["cut"] == made and "evaluation: episodic_return=" in out
     if "sparsity 0." in made:
@@ -410,7 +435,7 @@ ERRORS = [
     (CONTINUOUS, "--target-sparsity 1.5", "--target-sparsity: expected shares below 1, got .*1.5.*; 0.97 leaves"),
     (CONTINUOUS, "--student magnitude", "--target-sparsity: magnitude prunes as it trains, to one, got .*; name one"),
     (CONTINUOUS, "--student dense --c-threshold 3", "--c-threshold: expected --student svd, got dense"),
-    (CONTINUOUS, "--no-bc", "--no-bc: expected a --q-coef above 0"),
+    (CRITICS, "--teacher TEACHER --no-bc --q-coef 0", "--no-bc: expected a --q-coef above 0"),
     (CONTINUOUS, "--updates 0", "--updates: expected at least 1, got 0"),
     (CONTINUOUS, "--resume nowhere", "--resume: expected a file nowhere/checkpoint.pt, got none"),
     (CONTINUOUS, "--teacher TEACHER --r-min 2", "--r-min, --r-max: expected 0 <= r_min <= r_max <= 1, got 2"),
@@ -421,11 +446,12 @@ ERRORS = [
 
 @pytest.mark.parametrize("script, flags, message", ERRORS)
 def test_errors_say_what_to_do(teacher, tmp_path, script, flags, message):
-    other = next(name for name in SCRIPTS if name != script)
+    own = CONTINUOUS if script == CRITICS else script
+    other = next(name for name in SCRIPTS if name != own)
     if "OTHER" in flags:
         flags = flags.replace("OTHER", str(teacher(other)))
-    flags = flags.replace("TEACHER", str(teacher(script))) if "TEACHER" in flags else flags
-    small = "--data-episodes 1 --heldout-episodes 1 --eval-episodes 1" if "--r-min" in flags else ""
+    flags = flags.replace("TEACHER", str(teacher(own))) if "TEACHER" in flags else flags
+    small = "--data-episodes 1 --heldout-episodes 1 --eval-episodes 1" if "--no-bc" in flags else ""
     found = fails(tmp_path, *flags.split(), *small.split(), script=script)
     assert re.search(message, found), found
 

@@ -11,8 +11,9 @@ if [ ! -f runs/bpd_teacher/model.pt ]; then
     mv runs/bpd_teacher.partial/runs/* runs/bpd_teacher
 fi
 
-run() { # arm, seed, flags; its folder is runs/grids/bpd/KEY
-    echo "$1: single_files/bpd_tbb_lru_continuous_action.py $task --teacher ../../../bpd_teacher --eval-episodes 100 $3 --seed $2"
+run() { # arm, seed, flags, and bpd_q for the script with critics; its folder is runs/grids/bpd/KEY
+    script=single_files/${4:-bpd}_tbb_lru_continuous_action.py
+    echo "$1: $script $task --teacher ../../../bpd_teacher --eval-episodes 100 $3 --seed $2"
 }
 all="--target-sparsity 0.95 0.97 0.98"
 {
@@ -33,8 +34,8 @@ all="--target-sparsity 0.95 0.97 0.98"
     for seed in 1 2 3 4 5; do
         run "svd, constant eta" $seed "--eta-schedule constant --c-threshold 0 $all"
         run "svd, exponential eta" $seed "--eta-schedule exp --c-threshold 0 $all"
-        run "svd, with Q" $seed "--q-coef 0.5 --c-threshold 0 $all"
-        run "svd, Q without cloning" $seed "--no-bc --q-coef 1 --c-threshold 0 $all"
+        run "svd, with Q" $seed "--c-threshold 0 $all" bpd_q
+        run "svd, Q without cloning" $seed "--no-bc --q-coef 1 --c-threshold 0 $all" bpd_q
         run "dense" $seed "--student dense --target-sparsity 0 0.95 0.97 0.98"
         run "svd, white noise" $seed "--noise-memory 0 --c-threshold 0 $all"
     done
