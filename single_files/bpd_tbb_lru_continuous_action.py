@@ -22,11 +22,11 @@ numbers of the memory; time comes first. Does not include: images, actions witho
 # ///
 import contextlib
 import copy
-import importlib.util
 import itertools
 import json
 import os
 import random
+import runpy
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -54,7 +54,6 @@ except ImportError:  # alone, this file computes the same, more slowly, and trus
     sweep, read_teacher = lambda *_: [], lambda args, *_: torch.load(f"{args.teacher}/model.pt", "cpu", weights_only=True)
 
     def save(path, content):  # writes the whole file or nothing, even if the process is killed meanwhile
-        os.makedirs(os.path.dirname(path), exist_ok=True)
         torch.save(content, f"{path}.partial")
         os.replace(f"{path}.partial", path)
 
@@ -131,27 +130,25 @@ def make_env(env_id, env_kwargs, prev_action=True, idx=0):
 
 
 def load_teacher(args):
-    """The module of the script that trained the teacher, its flags, and its model.pt as saved."""
+    """The classes of the script that trained the teacher, by name, its flags, and its model.pt as saved."""
     folder = os.path.dirname(os.path.abspath(__file__))
     saved = read_teacher(args, "ppo_tbb_lru_continuous_action", folder)
     script = args.teacher_script or os.path.join(folder, saved["script"])
-    spec = importlib.util.spec_from_file_location("teacher_script", script)
-    module = sys.modules["teacher_script"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    known = {name: value for name, value in saved["args"].items() if name in module.Args.__dataclass_fields__}
-    return module, module.Args(**known), saved
+    classes = runpy.run_path(script, run_name="teacher_script")
+    known = {name: value for name, value in saved["args"].items() if name in classes["Args"].__dataclass_fields__}
+    return classes, classes["Args"](**known), saved
 
 
 class Teacher:
     """A trained policy, step by step: its greedy actions in [-1, 1]. [N, O], [N], state -> [N, A], state"""
 
-    def __init__(self, module, args, saved, envs, device):
+    def __init__(self, classes, args, saved, envs, device):
         space = envs.envs[0].unwrapped.action_space
         if "agent" not in saved or not isinstance(space, gym.spaces.Box):
             raise ValueError(f"--teacher: expected Box actions, got {space} ({saved['script']}); use bpd_tbb_lru.py")
         if not np.isfinite([space.low, space.high]).all():
             raise ValueError(f"--teacher: expected actions with bounds, got {space}; bound them in make_env")
-        self.agent = module.Agent(envs, args)
+        self.agent = classes["Agent"](envs, args)
         self.agent.load_state_dict(saved["agent"])
         self.initial_state = self.agent.to(device).memory.initial_state
         others = "critic", "actor_logstd"
@@ -178,14 +175,13 @@ class Tape(NamedTuple):
     row            0     1     2     3     | 4     5     6
     obs            o0    o1    o2    o3    | o0'   o1'   o2'
     begins         1     0     0     0     | 1     0     0
-    final          0     0     0     1     | 0     0     1       actions and labels there are of no account
+    final          0     0     0     1     | 0     0     1       labels there are unused
     """
 
     obs: torch.Tensor  # [T, O]
     begins: torch.Tensor  # [T] bool
     final: torch.Tensor  # [T] bool
-    actions: torch.Tensor  # [T, A] what the teacher did
-    labels: torch.Tensor  # [T, A] what it would have done without noise
+    labels: torch.Tensor  # [T, A] what the teacher did, or what it would have done without noise: --label
 
     def episodes(self, which):
         """Some of the episodes, in this order. [E] -> a tape"""
@@ -225,9 +221,9 @@ def collect(teacher, env_fns, args, rng):
         for i in np.flatnonzero(running):
             label = labels[i] if args.label == "mean" else actions[i]
             returns[i] += rewards[i]
-            episodes[i].append((obs[i], begins[i], False, actions[i], label))
+            episodes[i].append((obs[i], begins[i], False, label))
             if ended[i]:
-                episodes[i].append((next_obs[i], False, True, actions[i], label))
+                episodes[i].append((next_obs[i], False, True, label))
         obs, begins, running = next_obs, np.zeros_like(running), running & ~ended
     envs.close()
     columns = [torch.from_numpy(np.stack(v)) for v in zip(*itertools.chain(*episodes))]
@@ -353,10 +349,7 @@ def clone_loss(student, tape, rng=None):
 
 
 def kl_divergence(log_alpha):
-    """From the posterior to the log-uniform prior, but for a constant, which makes it 0 as alpha grows.
-
-    Molchanov et al. (2017), eq. 14: a fit to the integral, exact to 0.009.
-    """
+    """From the posterior to the log-uniform prior, plus a constant: 0 as alpha grows. Molchanov et al. (2017), eq. 14."""
     k1, k2, k3 = 0.63576, 1.87320, 1.48695
     return (k1 + 0.5 * F.softplus(-log_alpha) - k1 * torch.sigmoid(k2 + k3 * log_alpha)).sum()
 
@@ -368,11 +361,9 @@ def ramp(done, start, end):
 
 def kl_weight(done, args):
     """eta: what the KL divergence counts after a share `done` of the updates."""
-    if args.eta_schedule == "constant":
-        return args.eta_max
     if args.eta_schedule == "exp":
         return args.eta_max * 1e-3 ** (1 - min(1.0, done / max(args.eta_end, 1e-8)))
-    return args.eta_max * ramp(done, args.eta_start, args.eta_end)
+    return args.eta_max * (ramp(done, args.eta_start, args.eta_end) if args.eta_schedule == "linear" else 1)
 
 
 @torch.no_grad()
@@ -435,7 +426,7 @@ if __name__ == "__main__":
         seed_one(args.seed)
     device = torch.device("cuda" if args.cuda else "cpu")
     if saved is None:
-        module, teacher_args, teacher_saved = load_teacher(args)
+        classes, teacher_args, teacher_saved = load_teacher(args)
         args.env_id, args.env_kwargs = args.env_id or teacher_args.env_id, args.env_kwargs or teacher_args.env_kwargs
         args.prev_action = teacher_args.prev_action
     # env setup
@@ -448,7 +439,7 @@ if __name__ == "__main__":
         returns = evaluate(student_of(saved["agent"]).to(device), eval_fns, args)
         print(f"evaluation: episodic_return={returns.mean():.4f}, the mean of {len(returns)} greedy episodes of {args.env_id}")
         sys.exit()
-    teacher = None if saved else Teacher(module, teacher_args, teacher_saved, envs, device)
+    teacher = None if saved else Teacher(classes, teacher_args, teacher_saved, envs, device)
     run_dir = run_dir or new_run_dir(f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-"))
     run_name = "".join(c if c.isalnum() or c in "._-" else "-" for c in os.path.basename(os.path.abspath(run_dir)))
     if args.track:
@@ -580,13 +571,12 @@ if __name__ == "__main__":
             if global_step % 100 == 0:
                 writer.add_scalar("losses/fine_tuned_clone_loss", losses["clone_loss"], global_step)
             bar.update(1)
-        with torch.no_grad():
-            error = clone_loss(cut, heldout)
+        row["heldout_error"] = clone_loss(cut, heldout).item()
         final = compact(deployed(cut))
         agent = student_of(final).to(device)
         row["performance"], returns = performance(agent, eval_fns)
         left = sum(int(layer.mask.sum()) for layer in cut.layers().values())
-        row |= {"weights": left, "sparsity": 100 * (1 - left / total_weights), "heldout_error": error.item()}
+        row |= {"weights": left, "sparsity": 100 * (1 - left / total_weights)}
         row |= {"share_of_teacher": 100 * left / reference["numbers"], "return": float(returns.mean()), **costs(final)}
         row["layers"] = {name: 100 * (1 - layer.mask.mean().item()) for name, layer in cut.layers().items()}
         row["latency"] = latency(agent, tape.obs[0].numpy(), agent.initial_state(1))

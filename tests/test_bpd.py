@@ -295,7 +295,8 @@ def test_the_data_are_the_teachers_episodes(bpd, bpd_q):
     args, make = bpd_q.Args(data_noise=0.01, gamma=0.5), [bpd.make_env("counting_env:CountingBox-v0", {})] * 7
     tape, returns = bpd_q.collect(Counter(), make, args, np.random.default_rng(0))
     less, same = bpd.collect(Counter(), make, args, np.random.default_rng(0))
-    assert returns == same and all(map(torch.equal, less, tape))  # without rewards and ends, of which only critics learn
+    assert returns == same  # without actions, rewards and ends, of which only critics learn
+    assert all(torch.equal(getattr(less, name), getattr(tape, name)) for name in less._fields)
     starts = [*tape.begins.nonzero().flatten().tolist(), len(tape.obs)]
     assert len(starts) == 8
     unit = None
@@ -312,10 +313,10 @@ def test_the_data_are_the_teachers_episodes(bpd, bpd_q):
         assert returns[i] == sum(range(1, b - a))
 
 
-def test_noise_lasts_as_it_is_told(bpd):
+def test_noise_lasts_as_it_is_told(bpd, bpd_q):
     for memory in (0.0, 0.8):
-        args, make = bpd.Args(data_noise=0.1, noise_memory=memory), [bpd.make_env("counting_env:CountingBox-v0", {})] * 300
-        tape, _ = bpd.collect(Counter(), make, args, np.random.default_rng(0))
+        args, make = bpd_q.Args(data_noise=0.1, noise_memory=memory), [bpd.make_env("counting_env:CountingBox-v0", {})] * 300
+        tape, _ = bpd_q.collect(Counter(), make, args, np.random.default_rng(0))
         noise = (tape.actions - tape.labels)[:, 0]
         pairs = ~tape.final[:-1] & ~tape.final[1:]
         together = torch.stack([noise[:-1][pairs], noise[1:][pairs]])
@@ -334,7 +335,7 @@ def test_finite_actions(bpd):
     envs = gym.vector.SyncVectorEnv([counting_env.Counting] * 2)  # its actions are 5, 6 and 7
     np.testing.assert_array_equal(finite.env_actions(envs, labels), [5, 7])
     scores, labels = torch.randn(3, 3), torch.from_numpy(np.vstack([labels, labels[:1]]))
-    tape = finite.Tape(torch.zeros(3, 1), torch.zeros(3).bool(), torch.tensor([False, False, True]), None, labels)
+    tape = finite.Tape(torch.zeros(3, 1), torch.zeros(3).bool(), torch.tensor([False, False, True]), labels)
     found = finite.clone_loss(lambda obs, begins, rng: torch.softmax(scores, -1), tape)
     torch.testing.assert_close(found, torch.nn.functional.cross_entropy(scores[:2], labels[:2]))
 
