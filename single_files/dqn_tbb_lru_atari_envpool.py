@@ -400,7 +400,7 @@ if __name__ == "__main__":
         saved = load(path, script, args)
         args = tyro.cli(Args, default=Args(**{**saved["args"], "env_kwargs": {}}))  # the run's own flags, unless given again
         args.env_kwargs = args.env_kwargs or saved["args"]["env_kwargs"]
-    check_flags(args, ["eval_episodes"] * (not args.evaluate), saved={"seed": saved["args"]["seed"]} if args.resume else {})
+    check_flags(args, ["eval_episodes"] * (not args.evaluate), {}, {"seed": saved["args"]["seed"]} if args.resume else {})
     if args.buffer_size < (least := args.num_envs * (args.max_episode_steps + 1)):  # games that all last to the limit fit
         remedy = "raise it, or lower --max-episode-steps or --num-envs"
         raise ValueError(f"--buffer-size: expected at least {least}, got {args.buffer_size}; {remedy}")

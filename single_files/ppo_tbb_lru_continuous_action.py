@@ -422,7 +422,7 @@ if __name__ == "__main__":
         saved = load(path, script, args)
         args = tyro.cli(Args, default=Args(**{**saved["args"], "env_kwargs": {}}))  # the run's own flags, unless given again
         args.env_kwargs = args.env_kwargs or saved["args"]["env_kwargs"]
-    check_flags(args, ["eval_episodes"] * (not args.evaluate), saved=saved["args"] if args.resume else {})
+    check_flags(args, ["eval_episodes"] * (not args.evaluate), {}, saved["args"] if args.resume else {})
     if args.num_envs % args.num_minibatches:  # a minibatch is made of whole environments
         raise ValueError(f"--num-minibatches {args.num_minibatches}: expected a divisor of --num-envs {args.num_envs}")
     batch_size = args.num_envs * args.num_steps

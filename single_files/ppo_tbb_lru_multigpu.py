@@ -432,7 +432,7 @@ if __name__ == "__main__":
         saved = load(path, script, args)
         args = tyro.cli(Args, default=Args(**{**saved["args"], "env_kwargs": {}}))  # the run's own flags, unless given again
         args.env_kwargs = args.env_kwargs or saved["args"]["env_kwargs"]
-    check_flags(args, ["eval_episodes"] * (not args.evaluate), saved=saved["args"] if args.resume else {})
+    check_flags(args, ["eval_episodes"] * (not args.evaluate), {}, saved["args"] if args.resume else {})
     if args.num_envs % (parts := args.num_minibatches * world_size):  # as many whole environments of each process in all
         raise ValueError(f"--num-envs {args.num_envs}: expected a multiple of {parts}, minibatches x processes; raise it")
     batch_size = args.num_envs * args.num_steps

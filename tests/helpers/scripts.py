@@ -77,7 +77,7 @@ def fails(folder, *flags, **where):
     raise AssertionError(f"expected an error, {flags} ran to the end")
 
 
-def start(folder, *flags, script="dqn_tbb_ffm", paths=(HELPERS,)):
+def start(folder, *flags, script="dqn_tbb_ffm", paths=(HELPERS, ROOT)):
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, path_of(script), *map(str, flags)]
     return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
