@@ -34,6 +34,7 @@ import runpy
 import sys
 import time
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import gymnasium as gym
@@ -542,6 +543,10 @@ if __name__ == "__main__":
         wandb.init(project=args.wandb_project_name, sync_tensorboard=True, save_code=True, **run)
     writer = SummaryWriter(run_dir, purge_step=saved["state"]["update"] + 1 if saved else None)
     writer.add_text("hyperparameters", "\n".join(["|param|value|\n|-|-|", *(f"|{k}|{v}|" for k, v in vars(args).items())]))
+    source = Path(__file__).read_text("utf-8")  # the text that made this run stays in its folder
+    writer.add_text("source", f"```python\n{source}```")
+    if not saved:
+        Path(run_dir, script).write_text(source, "utf-8")
     stop = catch_stop_signals()  # empty until Ctrl-C or SIGTERM asks for an end
     scan = "cleanrl_memoroid's scan" if linear_scan else "this file's own loop (faster with `pip install` of cleanrl-memoroid)"
     print(f"{args.exp_name}: {args.env_id}, {args.updates:,} updates before pruning, {device}, {scan}")

@@ -26,6 +26,7 @@ import sys
 import time
 from collections import deque
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import cloudpickle
@@ -556,11 +557,15 @@ if __name__ == "__main__":
         wandb.init(project=args.wandb_project_name, sync_tensorboard=True, save_code=True, **run)
     writer = SummaryWriter(run_dir, purge_step=saved["state"]["global_step"] + 1 if saved else None)
     writer.add_text("hyperparameters", "\n".join(["|param|value|\n|-|-|", *(f"|{k}|{v}|" for k, v in vars(args).items())]))
+    source = Path(__file__).read_text("utf-8")  # the text that made this run stays in its folder
+    writer.add_text("source", f"```python\n{source}```")
+    if not saved:
+        Path(run_dir, script).write_text(source, "utf-8")
     stop = catch_stop_signals()  # empty until Ctrl-C or SIGTERM asks for an end
     # TRY NOT TO MODIFY: start the game
     envs.spread = True  # HillCar: not all first episodes end in the same step
     obs = torch.zeros(args.num_steps, *envs.observation_space.shape, device=device)
-    begins, ended, cut_off = torch.zeros(3, args.num_steps, args.num_envs, dtype=torch.bool, device=device)
+    begins = torch.zeros(args.num_steps, args.num_envs, dtype=torch.bool, device=device)
     return_rms, global_step = gym.wrappers.utils.RunningMeanStd(), 0  # the former of discounted returns, for --norm-reward
     # the variables that a checkpoint holds, pickled together, so that the optimizer keeps its hold on the agent's weights
     state = "agent optimizer carried_tape rng global_step next_obs next_begins discounted return_rms".split()
@@ -579,7 +584,8 @@ if __name__ == "__main__":
         nothing = torch.zeros(args.num_envs, args.state_size, dtype=torch.complex64, device=device)
         carried_tape = CarriedColumns(obs, begins, nothing)
     # ALGO Logic: Storage setup
-    final_obs, rewards = torch.zeros_like(obs), torch.zeros(args.num_steps, args.num_envs, device=device)
+    final_obs, gains = torch.zeros_like(obs), np.zeros(begins.shape, np.float32)  # gains: rewards, moved once a rollout
+    ends, cuts = np.zeros((2, *begins.shape), bool)
     block, all_columns = args.num_envs // args.num_policies, torch.arange(args.num_envs, device=device)
     ids = all_columns // block  # the policy that acts in each environment
     ent_coefs = args.ent_coef + args.entropy_scale * torch.arange(args.num_policies, device=device)  # SAPG: the ladder
@@ -600,13 +606,14 @@ if __name__ == "__main__":
             group["lr"] = factor * anneal * args.learning_rate
         state_before = recurrent_state = carried_tape.read(agent, all_columns, ids)
         acted, returns_of = [], [[] for _ in range(args.num_policies)]  # [S] of tuples; returns of each block's episodes
+        noise = rng.standard_normal((*begins.shape, agent.log_std.shape[-1]), np.float32)
+        noise = torch.from_numpy(noise).to(device)  # of all steps at once: every transfer to a device waits for it
         for step in range(args.num_steps):
             global_step += args.num_envs
             obs[step], begins[step] = torch.as_tensor(next_obs), torch.as_tensor(next_begins)
             # ALGO LOGIC: action logic
             policy, value, recurrent_state = agent.step(next_obs, next_begins, recurrent_state, ids)
-            noise = torch.from_numpy(rng.standard_normal(policy[0].shape, np.float32)).to(device)
-            action = policy[0] + policy[1].exp() * noise
+            action = policy[0] + policy[1].exp() * noise[step]
             acted.append((action, log_prob(policy, action), value, recurrent_state))
             # TRY NOT TO MODIFY: execute the game and log data.
             taken = env_actions(envs, action)
@@ -618,12 +625,11 @@ if __name__ == "__main__":
             return_rms.update(discounted)
             discounted[next_begins] = 0
             scale = np.sqrt(return_rms.var + 1e-8) if args.norm_reward else 1.0
-            rewards[step], ended[step] = torch.as_tensor(reward / scale), torch.as_tensor(next_begins)
+            gains[step], ends[step] = reward / scale, next_begins
             # TBB: an episode cut off by a time limit is worth what its final observation is, remembering all before it
-            over = truncations & ~terminations & (not args.truncation_is_terminal)
-            cut_off[step] = torch.as_tensor(over)
+            over = cuts[step] = truncations & ~terminations & (not args.truncation_is_terminal)
             if over.any():
-                final_obs[step, cut_off[step]] = torch.as_tensor(np.stack(infos["final_obs"][over])).to(obs)
+                final_obs[step, over] = torch.as_tensor(np.stack(infos["final_obs"][over])).to(obs)
             for i in np.flatnonzero(next_begins):
                 returns_of[i // block].append(infos["final_info"]["episode"]["r"][i])
                 if i < block:  # the leader's are what counts
@@ -632,6 +638,7 @@ if __name__ == "__main__":
                     writer.add_scalar("charts/episodic_length", infos["final_info"]["episode"]["l"][i], global_step)
         actions, logprobs, values, states = (torch.stack(v) for v in zip(*acted))
         # bootstrap value if not done
+        rewards, ended, cut_off = (torch.from_numpy(v).to(device) for v in (gains, ends, cuts))
         rollout = torch.as_tensor(next_obs).to(obs), torch.as_tensor(next_begins).to(begins), ended, cut_off, final_obs
         next_values = values_of_next(agent, rollout, values, states, all_columns, ids)
         advantages = gae(rewards, values, next_values, ended, args.gamma, args.gae_lambda)
@@ -673,7 +680,7 @@ if __name__ == "__main__":
                     outside = ((logratio.exp() - 1.0).abs() > args.clip_coef).float()
                     clipped.append((outside[:, own].mean(), outside[:, ~own].mean()))
                     if logprob_error is None:  # TBB: before the first update, the tape and the rollout must be one policy
-                        logprob_error = logratio.abs().max().item()
+                        logprob_error = logratio.abs().max()
                 pg_loss = policy_loss(newlogprob, mb_old, mb_acted, mb_advantages, args.clip_coef, args.importance).mean()
                 v_loss = 0.5 * ((newvalue - mb_returns) ** 2).mean()
                 entropy = (0.5 + 0.5 * np.log(2 * np.pi) + policy[1]).sum(-1)  # [E], the same at every step
