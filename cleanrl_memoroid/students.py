@@ -7,8 +7,10 @@ V.{weight,bias}, where a weight that was dropped is zero. The rest finds the tea
 import copy
 import glob
 import os
+import pickle
 import time
 
+import gymnasium as gym
 import numpy as np
 import torch
 
@@ -21,7 +23,7 @@ def read_teacher(args, newest, folder):
             `teacher_script` is the path of the script that trained it, or None, if that lies in `folder`.
         newest: the name of a script.
         folder: where this script lies.
-    Raises: ValueError if there is no such run, model or script.
+    Raises: ValueError if there is no such run, model or script, or if it is none of DQN or PPO.
     """
     if args.teacher is None:
         found = sorted(glob.glob(f"runs/*{newest}__*/model.pt"), key=os.path.getmtime)
@@ -32,7 +34,15 @@ def read_teacher(args, newest, folder):
     path = os.path.join(args.teacher, "model.pt")
     if not os.path.exists(path):
         raise ValueError(f"--teacher: expected a file {path}, got none; see `ls runs` for runs that have ended")
-    saved = torch.load(path, "cpu", weights_only=True)
+    try:
+        saved = torch.load(path, "cpu", weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        why = str(error).splitlines()[0]
+        raise ValueError(
+            f"--teacher: expected a file {path}, got one that cannot be read ({why}); name another run"
+        ) from error
+    if not {"agent", "q_network"} & saved.keys() or saved["script"].startswith(("sapg_", "bpd_", "ad_")):
+        raise ValueError(f"--teacher: expected a run of a DQN or PPO script, got one of {saved['script']}; name another run")
     script = args.teacher_script or os.path.join(folder, saved["script"])
     if not os.path.exists(script):
         raise ValueError(f"--teacher-script: expected the file {saved['script']}, got none at {script}; name where it lies")
@@ -48,6 +58,20 @@ def check_cuts(args):
         raise ValueError(f"--target-sparsity: magnitude prunes as it trains, to one, got {args.target_sparsity}; name one")
     if args.c_threshold and args.student != "svd":
         raise ValueError(f"--c-threshold: expected --student svd, got {args.student}; use --target-sparsity")
+
+
+def check_spaces(saved, envs, env_id, path):
+    """Raises ValueError if a student that was saved does not read the observations, or has not the actions, of environments.
+
+    Args:
+        saved: the content of its model.pt or checkpoint.pt.
+        envs: a vector environment.
+        env_id, path: for the error.
+    """
+    weights = saved["agent"] if "agent" in saved else saved["state"]["student"].state_dict()
+    sizes = gym.spaces.flatdim(envs.single_observation_space), gym.spaces.flatdim(envs.single_action_space)
+    if (weights["memory.E.weight"].shape[1], len(weights["V.weight"])) != sizes:
+        raise ValueError(f"--env-id {env_id}, or sizes of layers: not those of the network in {path}; leave them out")
 
 
 @torch.no_grad()

@@ -49,11 +49,12 @@ from tqdm import tqdm
 try:
     from cleanrl_memoroid.runs import Checked, catch_stop_signals, check_flags, env_errors, load, new_run_dir, save
     from cleanrl_memoroid.scan import linear_scan, tune_cpu
-    from cleanrl_memoroid.students import check_cuts, compact, costs, latency, read_teacher, sweep
+    from cleanrl_memoroid.students import check_cuts, check_spaces, compact, costs, latency, read_teacher, sweep
 except ImportError:  # alone, this file computes the same, more slowly, and trusts flags, files and environments
     linear_scan, tune_cpu, catch_stop_signals, check_flags = None, lambda: None, lambda on=True: [], lambda *_: None
     Checked, load = lambda env, idx: env, lambda path, *_: torch.load(path, "cpu", weights_only="model.pt" in path)
-    env_errors, new_run_dir, check_cuts = contextlib.nullcontext, "runs/{}".format, lambda args: None
+    env_errors, new_run_dir, check_cuts = contextlib.nullcontext, "runs/{}".format, lambda *_: None
+    check_spaces = check_cuts
     compact, costs, latency = lambda weights: weights, lambda weights: {}, lambda *_: None  # the student stays as it is
     sweep, read_teacher = lambda *_: [], lambda args, *_: torch.load(f"{args.teacher}/model.pt", "cpu", weights_only=True)
 
@@ -436,6 +437,8 @@ if __name__ == "__main__":
     make = [args.env_id, args.env_kwargs, args.prev_action]
     with env_errors(args.env_id):  # they name the flags
         envs = gym.vector.SyncVectorEnv([make_env(*make)])
+    if saved:
+        check_spaces(saved, envs, args.env_id, path)
     eval_fns = [make_env(*make, i) for i in range(args.eval_episodes)]
     some_fns = eval_fns[: (args.eval_episodes + 3) // 4]  # for what is looked at in passing
     if args.evaluate:

@@ -4,6 +4,7 @@ Each case is run in every family of scripts that it concerns.
 """
 
 import errno
+import functools
 import os
 import random
 import re
@@ -486,6 +487,177 @@ def test_a_run_on_global_random_numbers_goes_on_exactly_from_any_moment(tmp_path
         folder.mkdir()
         kills += kill_and_resume(whole, folder, given, [(1, 4), (1, 4)], script, stop=number)
     print(f"{script}: equal after {kills} of {kills} signals {number.name}")
+
+
+# the scripts that are in no family: what is theirs alone
+
+SAPG, STUDENT = "sapg_tbb_lru_continuous_action", "bpd_tbb_lru_continuous_action"
+SMALL = {
+    SAPG: """--total-timesteps 256 --num-envs 8 --num-steps 8 --num-minibatches 2 --update-epochs 1 --hidden-size 8
+        --state-size 4 --eval-episodes 2 --checkpoint-interval 128 --env-id awkward_env:Plain-v0 --env-kwargs box True""",
+    STUDENT: """--updates 20 --fine-tune-updates 10 --data-episodes 3 --heldout-episodes 1 --batch-episodes 2 --hidden-size 8
+        --state-size 4 --eval-episodes 2 --checkpoint-interval 10""",
+    "ad_mingru": """--room-size 3 --episode-length 3 --episodes 8 --test-tasks 2 --histories-per-task 2 --total-updates 4
+        --batch-rows 64 --hidden-size 8 --warmup-updates 2 --checkpoint-interval 1 --eval-runs 2""",
+    "optim4rl_lru": """--num-windows 2 --num-updates 2 --life 4 --num-agents 2 --num-envs 2 --num-steps 5 --sample 64
+        --num-validations 1 --valid-agents 1 --test-agents 1 --test-updates 2 --checkpoint-interval 1 --no-baselines""",
+}
+every_other = pytest.mark.parametrize("script", SMALL)
+of_environments = pytest.mark.parametrize("script", [SAPG, STUDENT])
+
+
+@pytest.fixture(scope="session")
+def taught(tmp_path_factory):
+    """The run directory of a teacher in awkward_env:Plain-v0, whose episodes have 9 steps."""
+    folder = tmp_path_factory.mktemp("taught")
+    script = "ppo_tbb_lru_continuous_action"
+    run(folder, *flags(script, "Plain", "--eval-episodes", 0, "--total-timesteps", 256), script=script)
+    return run_folder(folder)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory, taught):
+    """(folder, its flags) of a short run of one of these scripts."""
+
+    @functools.cache
+    def of(script):
+        folder = tmp_path_factory.mktemp(script)
+        given = SMALL[script].split() + (["--teacher", str(taught)] if script == STUDENT else [])
+        run(folder, *given, script=script)
+        return folder, given
+
+    return of
+
+
+def other_env(script, name, **kwargs):
+    """Flags that put another environment of awkward_env in the place of Plain."""
+    kwargs |= {"box": True} if name in BOXES else {}
+    given = [str(word) for pair in kwargs.items() for word in pair]
+    return ["--env-id", f"awkward_env:{name}-v0", *(["--env-kwargs", *given] if given else [])]
+
+
+@every_other
+def test_numbers_out_of_range_name_their_flag_there_too(tmp_path, script):
+    for name, value in vars(load_script(script).Args()).items():
+        flag = f"--{name.replace('_', '-')}"
+        if type(value) in (int, float):
+            assert f"{flag}: expected at least" in fails(tmp_path, flag, -1, script=script)
+        if isinstance(value, float):
+            assert re.search(f"{flag}(,|:)", fails(tmp_path, flag, "nan", script=script))
+    assert not list(tmp_path.iterdir())
+
+
+@every_other
+def test_a_run_of_theirs_moves_is_named_freely_and_is_no_other_script_s(small, tmp_path, script):
+    shutil.copytree(run_folder(small(script)[0]), tmp_path / "my run: (2)")
+    (here := tmp_path / "here").mkdir()
+    folder = f"{tmp_path}/my run: (2)/"
+    before = {path.name: path.read_bytes() for path in (tmp_path / "my run: (2)").iterdir()}
+    for what, file in (("--resume", "checkpoint.pt"), ("--evaluate", "model.pt")):
+        found = fails(here, what, folder, script="dqn_tbb_ffm")
+        assert re.search(rf"{what}: .*{file} is of {script}.py, expected one of dqn_tbb_ffm.py; use that script", found), found
+    assert {path.name: path.read_bytes() for path in (tmp_path / "my run: (2)").iterdir()} == before
+    run(here, "--resume", folder, script=script)
+    out = run(here, "--evaluate", folder, "--exp-name", "other", script=script)
+    assert not list(here.iterdir()) and ("evaluation" in out or script == "optim4rl_lru")
+    run(here, *small(script)[1], "--exp-name", "a/b: c?", script=script)
+    assert os.listdir(here) == ["runs"] and re.fullmatch(r"[\w.=+-]+", run_folder(here).name)
+    (run_folder(here) / "checkpoint.pt").write_bytes(b"no")
+    found = fails(here, "--resume", run_folder(here), script=script)
+    assert re.search(r"--resume: expected a file \S+checkpoint.pt, got one that cannot be read", found), found
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("script", [SAPG, STUDENT, "ad_mingru"])
+def test_a_run_of_theirs_on_a_gpu_goes_on_without_one(small, tmp_path, script):
+    shutil.copytree(small(script)[0] / "runs", tmp_path / "runs")
+    path = run_folder(tmp_path) / "model.pt"
+    saved = torch.load(path, weights_only=True)
+    saved["args"]["cuda"] = True
+    torch.save(saved, path)
+    found = fails(tmp_path, "--evaluate", run_folder(tmp_path), script=script)
+    assert "--cuda: expected a CUDA device, PyTorch finds none; drop the flag, or resume with --no-cuda" in found
+    assert "evaluation" in run(tmp_path, "--evaluate", run_folder(tmp_path), "--no-cuda", script=script)
+
+
+@of_environments
+@pytest.mark.parametrize("what", ["obs nan", "reward None"])
+def test_what_is_no_finite_number_is_named_there_too(small, tmp_path, script, what):
+    # a student's data have 36 steps, of an environment each 9
+    env = other_env(script, "Wrong", what=what, since=20 if script == SAPG else 5)
+    found = fails(tmp_path, *small(script)[1], *env, script=script)
+    where = (
+        rf"ValueError: --env-id Wrong-v0: environment 0, step \d+: expected .*{what.split()[0][:3]}.*, got .*(correct|wrap)"
+    )
+    assert re.search(where, found, re.DOTALL), found
+
+
+@of_environments
+def test_what_an_environment_may_return_trains_there_too(small, tmp_path, script):
+    out = run(tmp_path, *small(script)[1], *other_env(script, "Types"), script=script)
+    assert "evaluation: episodic_return=9.0000, the mean of 2 greedy episodes of awkward_env:Types-v0" in out
+
+
+@of_environments
+def test_episodes_without_an_end_end_there_too(small, tmp_path, script):
+    given = [*small(script)[1], *other_env(script, "Endless"), "--eval-max-steps", 5]
+    out = run(tmp_path, *given, script=script)
+    assert "evaluation: episodic_return=5.0000, the mean of 2 greedy episodes of awkward_env:Endless-v0" in out
+
+
+@of_environments
+def test_they_evaluate_and_resume_in_another_environment_or_refuse_it(small, tmp_path, script):
+    shutil.copytree(small(script)[0] / "runs", tmp_path / "runs")
+    folder = run_folder(tmp_path)
+    for what in ("--evaluate", "--resume"):
+        out = run(tmp_path, what, folder, *other_env(script, "Dice"), script=script)
+        assert "greedy episodes of awkward_env:Dice-v0" in out
+        found = fails(tmp_path, what, folder, *other_env(script, "Counts"), script=script)
+        assert "--env-id awkward_env:Counts-v0, or sizes of layers: not those of the network in" in found, found
+
+
+@of_environments
+def test_no_episodes_are_an_error_in_an_evaluation_there_too(small, tmp_path, script):
+    found = fails(tmp_path, "--evaluate", run_folder(small(script)[0]), "--eval-episodes", 0, script=script)
+    assert "--eval-episodes: expected at least 1" in found
+
+
+def test_sapg_saves_what_can_be_saved_and_says_what_cannot(tmp_path, monkeypatch, stop_in_step):
+    """Global random numbers go on after a signal as if there had been none; EzPickle is told when it is so and at --resume."""
+    (whole := tmp_path / "whole").mkdir(), (stopped := tmp_path / "stopped").mkdir(), (lost := tmp_path / "lost").mkdir()
+    given = [*SMALL[SAPG].split(), *other_env(SAPG, "Dice")]
+    run(whole, *given, script=SAPG)
+    stop_in_step(11)
+    out = run(stopped, *given, "--checkpoint-interval", 0, script=SAPG)
+    assert re.search(r"stopped; --resume runs/\S+ goes on from step 128", out.splitlines()[-1]), out
+    monkeypatch.undo()
+    run(stopped, "--resume", run_folder(stopped), "--checkpoint-interval", 128, script=SAPG)
+    assert_equal_runs(whole, stopped, SAPG)
+    out = run(lost, *SMALL[SAPG].split(), *other_env(SAPG, "Constant"), script=SAPG)
+    assert "Constant is pickled by EzPickle" in out and "--resume will begin new episodes" in out
+    assert "new episodes begin" in run(lost, "--resume", run_folder(lost), script=SAPG)
+
+
+def test_spaces_that_sapg_cannot_take(tmp_path):
+    for env, message in {"Whole": "expected Box actions of floats", "Texts": "take in make_env a part"}.items():
+        found = fails(tmp_path, *SMALL[SAPG].split(), "--env-id", f"awkward_env:{env}-v0", "--env-kwargs", script=SAPG)
+        assert found.startswith("ValueError: --env-id") and message in found, found
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_teacher_that_is_none_is_named(small, taught, tmp_path):
+    (tmp_path / "half").mkdir()
+    for name in ("model.pt", "checkpoint.pt"):
+        whole = (taught / name).read_bytes()
+        (tmp_path / "half" / name).write_bytes(whole[: len(whole) // 2])
+    for run_dir, message in [
+        (tmp_path / "half", r"--teacher: expected a file \S+model.pt, got one that cannot be read"),
+        (run_folder(small(SAPG)[0]), f"--teacher: expected a run of a DQN or PPO script, got one of {SAPG}.py"),
+        (run_folder(small(STUDENT)[0]), f"--teacher: expected a run of a DQN or PPO script, got one of {STUDENT}.py"),
+    ]:
+        found = fails(tmp_path, *SMALL[STUDENT].split(), "--teacher", run_dir, script=STUDENT)
+        assert re.match(f"ValueError: {message}", found), found
+    assert os.listdir(tmp_path) == ["half"]
 
 
 ENVIRONMENTS = [

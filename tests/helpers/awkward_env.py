@@ -99,14 +99,14 @@ class Endless(Plain):
 class Wrong(Plain):
     """From its hundredth step on, its observation or reward is what `what` says: "obs nan", "reward None", ..."""
 
-    def __init__(self, what, box=False, render_mode=None):
+    def __init__(self, what, since=100, box=False, render_mode=None):
         super().__init__(box)
-        self.what, self.steps = what.split(), 0
+        self.what, self.steps, self.since = what.split(), 0, since
 
     def step(self, action):
         obs, reward, *rest = super().step(action)
         self.steps += 1
-        if self.steps >= 100:
+        if self.steps >= self.since:
             name, value = self.what
             value = {"None": None, "text": "text"}[value] if value in ("None", "text") else float(value)
             obs = {"obs": [1.0, value], "shape": np.ones(3)}.get(name, obs)
