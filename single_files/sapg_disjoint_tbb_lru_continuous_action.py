@@ -201,7 +201,7 @@ def make_env(env_id, env_kwargs, prev_action=True, idx=0, video_folder=None):
             bounded = (space.low > -1e6) & (space.high < 1e6) & (space.low < space.high)
             bounds = (np.where(bounded, two, bound) for two, bound in ((-2, space.low), (2, space.high)))
             env = gym.wrappers.ClipAction(gym.wrappers.RescaleAction(env, *bounds))
-        env = Checked(env, idx)  # each observation in memory of its own, finite numbers, no infos
+        env = Checked(env, idx)  # copies observations, checks that all numbers are finite, drops infos
         env = gym.wrappers.RecordVideo(env, video_folder) if video_folder else env
         return gym.wrappers.RecordEpisodeStatistics(env)
 
