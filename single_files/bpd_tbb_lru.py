@@ -349,7 +349,8 @@ def student_of(weights):
 
 def clone_loss(student, tape, rng=None):
     """The cross entropy of the student's probabilities and the teacher's along a tape; with `rng`, of weights drawn anew."""
-    return -(tape.labels * torch.log(student(tape.obs, tape.begins, rng) + 1e-8)).sum(-1)[~tape.final].mean()
+    actions = student(tape.obs, tape.begins, rng)[~tape.final]
+    return -(tape.labels[~tape.final] * torch.log(actions + 1e-8)).sum(-1).mean()
 
 
 def kl_divergence(log_alpha):
