@@ -74,6 +74,7 @@ CHANGES = {  # what stands in the script, what comes in its place; {} is what st
         ),
         "_, next_value, _ = agent.step(next_obs, next_begins,": "_, next_value, _ = agent.step(next_obs, late_begins,",
         "carried_tape.carry(next_begins,": "carried_tape.carry(late_begins,",
+    },
     "n_step": {
         "        advantages = gae(rewards, values, next_values, ended, args.gamma, args.gae_lambda)": """
         delta = advantages = rewards + args.gamma * next_values - values
