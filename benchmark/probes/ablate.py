@@ -64,9 +64,7 @@ CHANGES = {  # what stands in the script, what comes in its place; {} is what st
         ),
     },
     "reset_late_everywhere": {  # `late_begins` are those of one step before; an episode's end is where it was
-        "        carried_tape = CarriedTape(obs, recurrent_state)\n    # ALGO": (
-            "        carried_tape = CarriedTape(obs, recurrent_state)\n    late_begins = np.zeros(args.num_envs, bool)\n    # ALGO"
-        ),
+        "    # ALGO Logic: Storage setup": "    late_begins = np.zeros(args.num_envs, bool)\n    # ALGO Logic: Storage setup",
         "obs[step], begins[step] = next_obs, next_begins": "obs[step], begins[step] = next_obs, late_begins",
         "policy, values[step], recurrent_state = agent.step(next_obs, next_begins, recurrent_state)": (
             "policy, values[step], recurrent_state = agent.step(next_obs, late_begins, recurrent_state)\n"
