@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 try:
     from cleanrl_memoroid.runs import catch_stop_signals, check_flags, load, new_run_dir, save
-except ImportError:  # alone, this file computes the same, and trusts flags and files
+except ImportError:  # without the package: the same results, and no checks of flags and files
     catch_stop_signals, check_flags = lambda on=True: [], lambda *_: None
     load = lambda path, *_: torch.load(path, "cpu", weights_only="model.pt" in path)  # noqa: E731
     new_run_dir = "runs/{}".format
@@ -445,7 +445,7 @@ if __name__ == "__main__":
     update, streams = 0, Streams(len(tasks), histories.cell.shape[1] // window, args.batch_rows // window, rng)
     memory = agent.initial_memory(args.batch_rows // window)
     optimizer = torch.optim.AdamW(agent.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0, fused=True)
-    # the variables that a checkpoint holds, pickled together, so that the optimizer keeps its hold on the agent's weights
+    # the variables that a checkpoint holds; pickled together, so that the optimizer still refers to the agent's weights
     state = "agent optimizer rng streams memory update".split()
     if saved:
         globals().update(saved["state"])

@@ -46,7 +46,7 @@ try:
     from cleanrl_memoroid.runs import Checked, catch_stop_signals, check_flags, env_errors, load, new_run_dir, save
     from cleanrl_memoroid.scan import linear_scan, tune_cpu
     from cleanrl_memoroid.students import check_cuts, check_spaces, compact, costs, latency, read_teacher, sweep
-except ImportError:  # alone, this file computes the same, more slowly, and trusts flags, files and environments
+except ImportError:  # without the package: the same results, more slowly, and no checks of flags, files, environments
     linear_scan, tune_cpu, catch_stop_signals, check_flags = None, lambda: None, lambda on=True: [], lambda *_: None
     Checked, load = lambda env, idx: env, lambda path, *_: torch.load(path, "cpu", weights_only="model.pt" in path)
     env_errors, new_run_dir, check_cuts = contextlib.nullcontext, "runs/{}".format, lambda *_: None
@@ -125,7 +125,7 @@ def make_env(env_id, env_kwargs, prev_action=True, idx=0):
             bounded = (space.low > -1e6) & (space.high < 1e6) & (space.low < space.high)
             bounds = (np.where(bounded, two, bound) for two, bound in ((-2, space.low), (2, space.high)))
             env = gym.wrappers.ClipAction(gym.wrappers.RescaleAction(env, *bounds))
-        return Checked(env, idx)  # each observation in memory of its own, finite numbers, no infos
+        return Checked(env, idx)  # copies observations, checks that all numbers are finite, drops infos
 
     return thunk
 
@@ -460,7 +460,7 @@ if __name__ == "__main__":
     scan = "cleanrl_memoroid's scan" if linear_scan else "this file's own loop (faster with `pip install` of cleanrl-memoroid)"
     print(f"{args.exp_name}: {args.env_id}, {args.updates:,} updates before pruning, {device}, {scan}")
     print(f"student: {args.student}, teacher: {args.teacher}; {run_dir}")
-    # the variables that a checkpoint holds, pickled together, so that the optimizer keeps its hold on the student's weights
+    # the variables that a checkpoint holds; pickled together, so that the optimizer still refers to the student's weights
     state = "student optimizer rng tape heldout reference pruned update".split()
     if saved:
         globals().update(saved["state"])

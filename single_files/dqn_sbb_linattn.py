@@ -42,7 +42,7 @@ from tqdm import tqdm
 try:
     from cleanrl_memoroid.runs import Checked, catch_stop_signals, check_flags, checkpoint, env_errors, load, new_run_dir, save
     from cleanrl_memoroid.scan import linear_attention, linear_scan, tune_cpu
-except ImportError:  # alone, this file computes the same, more slowly, and trusts flags, files and environments
+except ImportError:  # without the package: the same results, more slowly, and no checks of flags, files, environments
     linear_scan, tune_cpu, catch_stop_signals, check_flags = None, lambda: None, lambda on=True: [], lambda *_: None
     Checked, load = lambda env, idx: env, lambda path, *_: torch.load(path, "cpu", weights_only="model.pt" in path)
     env_errors, linear_attention, new_run_dir = contextlib.nullcontext, None, "runs/{}".format
@@ -402,7 +402,7 @@ if __name__ == "__main__":
     stop = catch_stop_signals()  # empty until Ctrl-C or SIGTERM asks for an end
     # TRY NOT TO MODIFY: start the game
     global_step = update = 0
-    # the variables that a checkpoint holds, pickled together, so that the optimizer keeps its hold on the network's weights
+    # the variables that a checkpoint holds; pickled together, so that the optimizer still refers to the network's weights
     state = "q_network target_network optimizer tape_buffer rng global_step update obs begins recurrent_state running".split()
     if saved:
         globals().update(saved["state"])
@@ -440,7 +440,7 @@ if __name__ == "__main__":
         taken = actions + envs.single_action_space.start
         outcome = next_obs, rewards, terminations, truncations, infos = envs.step(taken)
         if due:
-            finish(taken, outcome)  # the step has shown whether a copy of the environments goes on as they do
+            finish(taken, outcome)  # this step shows whether a copy of the environments does the same
         global_step += args.num_envs
         begins = terminations | truncations
         # TBB: save data to the tape buffer, one whole episode at a time, with its final observation

@@ -41,7 +41,7 @@ from tqdm import tqdm
 try:
     from cleanrl_memoroid.runs import catch_stop_signals, check_flags, load, new_run_dir, save
     from cleanrl_memoroid.scan import linear_scan, tune_cpu
-except ImportError:  # alone, this file computes the same, more slowly, and trusts flags, files and disks
+except ImportError:  # without the package: the same results, more slowly, and no checks of flags, files, disks
     linear_scan, tune_cpu, catch_stop_signals, check_flags = None, lambda: None, lambda on=True: [], lambda *_: None
     load, new_run_dir = lambda path, *_: torch.load(path, "cpu", weights_only="model.pt" in path), "runs/{}".format
 
@@ -446,7 +446,7 @@ if __name__ == "__main__":
     stop = catch_stop_signals()  # empty until Ctrl-C or SIGTERM asks for an end
     # TRY NOT TO MODIFY: start the game
     global_step, update, episodes = 0, 0, []
-    # the variables that a checkpoint holds, pickled together, so that the optimizer keeps its hold on the network's weights
+    # the variables that a checkpoint holds; pickled together, so that the optimizer still refers to the network's weights
     state = "q_network target_network optimizer episodes rng global_step update".split()
     if saved:
         globals().update(saved["state"])

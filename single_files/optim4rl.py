@@ -39,7 +39,7 @@ from tqdm import tqdm
 try:
     from cleanrl_memoroid.runs import catch_stop_signals, check_flags, load, new_run_dir, save
     from cleanrl_memoroid.scan import linear_scan, tune_cpu
-except ImportError:  # alone, this file computes the same, more slowly, and trusts flags and files
+except ImportError:  # without the package: the same results, more slowly, and no checks of flags and files
     linear_scan, tune_cpu, catch_stop_signals, check_flags = None, lambda: None, lambda on=True: [], lambda *_: None
     new_run_dir, load = "runs/{}".format, lambda path, *_: torch.load(path, "cpu", weights_only="model.pt" in path)
 
@@ -565,7 +565,7 @@ if __name__ == "__main__":
     coordinates = agents.theta.numel()
     memory, tape = cell.initial_state(coordinates), torch.zeros(args.num_updates, *agents.theta.shape)
     g, best, best_auc = agents.gradient(), None, -np.inf
-    # the variables that a checkpoint holds, pickled together, so that the optimizer keeps its hold on the cell's weights
+    # the variables that a checkpoint holds; pickled together, so that the optimizer still refers to the cell's weights
     state = "cell optimizer agents window skipped renewed memory g best best_auc".split()
     if saved:
         globals().update(saved["state"])

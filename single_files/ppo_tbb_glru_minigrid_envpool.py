@@ -42,7 +42,7 @@ from tqdm import tqdm
 try:
     from cleanrl_memoroid.runs import catch_stop_signals, check_flags, load, new_run_dir, save
     from cleanrl_memoroid.scan import linear_scan, tune_cpu
-except ImportError:  # alone, this file computes the same, more slowly, and trusts flags, files and disks
+except ImportError:  # without the package: the same results, more slowly, and no checks of flags, files, disks
     linear_scan, tune_cpu, catch_stop_signals, check_flags = None, lambda: None, lambda on=True: [], lambda *_: None
     load, new_run_dir = lambda path, *_: torch.load(path, "cpu", weights_only="model.pt" in path), "runs/{}".format
 
@@ -480,7 +480,7 @@ if __name__ == "__main__":
     stop = catch_stop_signals()  # empty until Ctrl-C or SIGTERM asks for an end
     # TRY NOT TO MODIFY: start the game
     global_step, return_rms = 0, gym.wrappers.utils.RunningMeanStd()  # of discounted returns, for --norm-reward
-    # the variables that a checkpoint holds, pickled together, so that the optimizer keeps its hold on the agent's weights
+    # the variables that a checkpoint holds; pickled together, so that the optimizer still refers to the agent's weights
     state = "agent optimizer rng global_step return_rms".split()
     if saved:
         globals().update(saved["state"])
@@ -558,7 +558,7 @@ if __name__ == "__main__":
                     old_approx_kl = (-logratio).mean()
                     approx_kl = ((ratio - 1) - logratio).mean()
                     clipfracs += [((ratio - 1.0).abs() > args.clip_coef).float().mean()]
-                    if logprob_error is None:  # TBB: before the first update, the tape and the rollout must be one policy
+                    if logprob_error is None:  # TBB: before the first update, tape and rollout must be the same policy
                         logprob_error = logratio.abs().max()
                 if args.norm_adv and len(mb_advantages) > 1:
                     mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)

@@ -41,7 +41,7 @@ from tqdm import tqdm
 try:
     from cleanrl_memoroid.runs import Checked, catch_stop_signals, check_flags, checkpoint, env_errors, load, new_run_dir, save
     from cleanrl_memoroid.scan import linear_attention, linear_scan, tune_cpu
-except ImportError:  # alone, this file computes the same, more slowly, and trusts flags, files and environments
+except ImportError:  # without the package: the same results, more slowly, and no checks of flags, files, environments
     linear_scan, tune_cpu, catch_stop_signals, check_flags = None, lambda: None, lambda on=True: [], lambda *_: None
     Checked, load = lambda env, idx: env, lambda path, *_: torch.load(path, "cpu", weights_only="model.pt" in path)
     env_errors, linear_attention, new_run_dir = contextlib.nullcontext, None, "runs/{}".format
@@ -438,7 +438,7 @@ if __name__ == "__main__":
     obs = np.zeros((args.num_steps, *envs.observation_space.shape), np.float32)
     begins = np.zeros((args.num_steps, args.num_envs), bool)
     return_rms, global_step = gym.wrappers.utils.RunningMeanStd(), 0  # the former of discounted returns, for --norm-reward
-    # the variables that a checkpoint holds, pickled together, so that the optimizer keeps its hold on the agent's weights
+    # the variables that a checkpoint holds; pickled together, so that the optimizer still refers to the agent's weights
     state = "agent optimizer carried_tape rng global_step next_obs next_begins recurrent_state discounted return_rms".split()
     if saved:
         globals().update(saved["state"])
@@ -485,7 +485,7 @@ if __name__ == "__main__":
             taken = env_actions(envs, action)
             outcome = next_obs, reward, terminations, truncations, infos = envs.step(taken)
             if due and step == 0:
-                finish(taken, outcome)  # the step has shown whether a copy of the environments goes on as they do
+                finish(taken, outcome)  # this step shows whether a copy of the environments does the same
             next_begins = terminations | truncations
             discounted = discounted * args.gamma + reward
             return_rms.update(discounted)
@@ -524,7 +524,7 @@ if __name__ == "__main__":
                     old_approx_kl = (-logratio).mean()
                     approx_kl = ((ratio - 1) - logratio).mean()
                     clipfracs += [((ratio - 1.0).abs() > args.clip_coef).float().mean()]
-                    if logprob_error is None:  # TBB: before the first update, the tape and the rollout must be one policy
+                    if logprob_error is None:  # TBB: before the first update, tape and rollout must be the same policy
                         logprob_error = logratio.abs().max()
                 if args.norm_adv and len(mb_advantages) > 1:
                     mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)

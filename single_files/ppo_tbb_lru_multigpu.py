@@ -43,7 +43,7 @@ from tqdm import tqdm
 try:
     from cleanrl_memoroid.runs import Checked, catch_stop_signals, check_flags, checkpoint, env_errors, load, new_run_dir, save
     from cleanrl_memoroid.scan import linear_scan, tune_cpu
-except ImportError:  # alone, this file computes the same, more slowly, and trusts flags, files and environments
+except ImportError:  # without the package: the same results, more slowly, and no checks of flags, files, environments
     linear_scan, tune_cpu, catch_stop_signals, check_flags = None, lambda: None, lambda on=True: [], lambda *_: None
     Checked, load = lambda env, idx: env, lambda path, *_: torch.load(path, "cpu", weights_only="model.pt" in path)
     env_errors, new_run_dir = contextlib.nullcontext, "runs/{}".format
@@ -507,7 +507,7 @@ if __name__ == "__main__":
     carried_tape = CarriedTape(obs, recurrent_state)
     discounted, return_rms = np.zeros(num_envs), gym.wrappers.utils.RunningMeanStd()  # of rewards, for --norm-reward
     global_step = 0
-    # the variables that a checkpoint holds, pickled together, so that the optimizer keeps its hold on the agent's weights
+    # the variables that a checkpoint holds; pickled together, so that the optimizer still refers to the agent's weights
     state = "agent optimizer carried_tape rng global_step next_obs next_begins recurrent_state discounted return_rms".split()
     if saved:
         globals().update(saved["state"])
@@ -561,7 +561,7 @@ if __name__ == "__main__":
             outcome = next_obs, reward, terminations, truncations, infos = envs.step(taken)
             if due and step == 0:
                 if rank > 0:
-                    finish(taken, outcome)  # the step has shown whether a copy of the environments goes on as they do
+                    finish(taken, outcome)  # this step shows whether a copy of the environments does the same
                 dist.barrier()
                 if rank == 0:
                     finish(taken, outcome)
@@ -609,7 +609,7 @@ if __name__ == "__main__":
                     old_approx_kl = (-logratio).mean()
                     approx_kl = ((ratio - 1) - logratio).mean()
                     clipfracs += [((ratio - 1.0).abs() > args.clip_coef).float().mean()]
-                    if logprob_error is None:  # TBB: before the first update, the tape and the rollout must be one policy
+                    if logprob_error is None:  # TBB: before the first update, tape and rollout must be the same policy
                         logprob_error = logratio.abs().max()
 
                 if args.norm_adv and len(mb_advantages) > 1:

@@ -50,7 +50,7 @@ from tqdm import tqdm
 try:
     from cleanrl_memoroid.runs import Checked, catch_stop_signals, check_flags, checkpoint, env_errors, load, new_run_dir, save
     from cleanrl_memoroid.scan import linear_scan, tune_cpu
-except ImportError:  # alone, this file computes the same, more slowly, and trusts flags, files and environments
+except ImportError:  # without the package: the same results, more slowly, and no checks of flags, files, environments
     linear_scan, tune_cpu, catch_stop_signals, check_flags = None, lambda: None, lambda on=True: [], lambda *_: None
     Checked, load = lambda env, idx: env, lambda path, *_: torch.load(path, "cpu", weights_only="model.pt" in path)
     env_errors, new_run_dir = contextlib.nullcontext, "runs/{}".format
@@ -559,7 +559,7 @@ if __name__ == "__main__":
     obs = torch.zeros(args.num_steps, *envs.observation_space.shape, device=device)
     begins = torch.zeros(args.num_steps, args.num_envs, dtype=torch.bool, device=device)
     return_rms, global_step = gym.wrappers.utils.RunningMeanStd(), 0  # the former of discounted returns, for --norm-reward
-    # the variables that a checkpoint holds, pickled together, so that the optimizer keeps its hold on the agent's weights
+    # the variables that a checkpoint holds; pickled together, so that the optimizer still refers to the agent's weights
     state = "agent optimizer carried_tape rng global_step next_obs next_begins discounted return_rms".split()
     if saved:
         globals().update(saved["state"])
@@ -611,7 +611,7 @@ if __name__ == "__main__":
             taken = env_actions(envs, action)
             outcome = next_obs, reward, terminations, truncations, infos = envs.step(taken)
             if due and step == 0:
-                finish(taken, outcome)  # the step has shown whether a copy of the environments goes on as they do
+                finish(taken, outcome)  # this step shows whether a copy of the environments does the same
             next_begins = terminations | truncations
             discounted = discounted * args.gamma + reward
             return_rms.update(discounted)
@@ -671,7 +671,7 @@ if __name__ == "__main__":
                     approx_kl = ((logratio.exp() - 1) - logratio).mean()
                     outside = ((logratio.exp() - 1.0).abs() > args.clip_coef).float()
                     clipped.append((outside[:, own].mean(), outside[:, ~own].mean()))
-                    if logprob_error is None:  # TBB: before the first update, the tape and the rollout must be one policy
+                    if logprob_error is None:  # TBB: before the first update, tape and rollout must be the same policy
                         logprob_error = logratio.abs().max()
                 pg_loss = policy_loss(newlogprob, mb_old, mb_acted, mb_advantages, args.clip_coef, args.importance).mean()
                 v_loss = 0.5 * ((newvalue - mb_returns) ** 2).mean()
