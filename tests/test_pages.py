@@ -8,7 +8,6 @@ from conftest import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "benchmark" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
-NOT_YET_SHORT = ("docs/bpd.md",)  # pages over the limits, to be shortened; must be empty in the end
 LINES, README_LINES, COLUMNS, DIGITS = 150, 90, 6, 3
 
 # Years may have four digits, and so may whole numbers in a column whose head says what is counted.
@@ -56,20 +55,12 @@ def limit(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_page_is_short_and_its_tables_are_small(name):
-    if name in NOT_YET_SHORT:
-        pytest.skip("still to be shortened")
     text = (ROOT / name).read_text()
     assert len(text.splitlines()) <= limit(name)
     for head, rows in tables(text):
         assert len(head) <= COLUMNS, head
         assert all(len(row) == len(head) for row in rows), head
     assert not too_exact(text)
-
-
-def test_no_page_is_excused_for_nothing():
-    """A page that is within the limits has to leave the list."""
-    long = [name for name in NOT_YET_SHORT if len((ROOT / name).read_text().splitlines()) > limit(name)]
-    assert list(NOT_YET_SHORT) == long
 
 
 def test_what_counts_as_a_digit():
