@@ -16,9 +16,11 @@ from records import portable_command, read_events
 from tables import csv_link, each_seed, grouped, markdown, mean_and_spread, natural, number, read_rows, write_rows
 
 GRID, EVERY = "optim4rl", 5
+NAMES = {"optim4rl": "GRU adaptive, signlog", "optim4rl_lru": "memoroid"}  # of scripts, in the table of other tasks
 SUMMARY = "return", "auc", "worst"
-UNTRAINED = {"memoroid": "memoroid, untrained", "GRU adaptive, signlog": "GRU adaptive, untrained (signSGD)"}  # by arm
 STRUCTURES, PROCESSINGS = ("adaptive", "linear", "momentum", "raw"), ("none", "signlog", "l2l", "asinh")
+CROSSED = [f"GRU {structure}, {kind}" for structure in STRUCTURES for kind in PROCESSINGS]
+UNTRAINED = {"memoroid": "memoroid, untrained", "GRU adaptive, signlog": "GRU adaptive, untrained (signSGD)"}  # by arm
 
 
 def read_run(record, root):
@@ -79,7 +81,7 @@ def transfer_table(rows):
         means = {size: np.mean([float(row["return"]) for row in sizes[size]]) for size in sorted(sizes)}
         shown = ", ".join(f"{size:g}: {mean:.3g}" for size, mean in means.items())
         runs = len({row["run"] for row in members})
-        table.append({"task": task, "optimiser": name, "runs": runs, "return at each step size": shown})
+        table.append({"task": task, "optimiser": NAMES.get(name, name), "runs": runs, "return at each step size": shown})
         table[-1]["at the best"] = f"{max(means.values()):.3g}"
     best = {row["task"]: float(row["at the best"]) for row in table if row["optimiser"] == "Adam"}
     for row in table:
@@ -105,6 +107,7 @@ def optimizer_tables(results):
         | {name: each(runs, column) for name, column in (("return", "return"), ("area under the curve", "auc"))}
         | {"worst agent": number(min(float(row["worst"]) for row in runs), 2), "CPU s": seconds(runs) if arm in cells else ""}
         for arm, runs in shown.items()
+        if arm == "GRU adaptive, signlog" or arm not in CROSSED
     ]
     tables = {GRID: f"{csv_link(path, 'every test')}: {where}\n\n{markdown(table, list(table[0]))}"}
     known = grouped(
