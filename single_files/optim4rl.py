@@ -403,11 +403,11 @@ def test(update_of, env_id, num_agents, args, seed):
     return torch.stack(returns).nan_to_num()
 
 
-@torch.no_grad()
 def test_cell(cell, env_id, num_agents, args, seed, alpha=None):
     """The same with a learned optimiser, whose weights stay as they are."""
     memory = []
 
+    @torch.no_grad()
     def update_of(g, n):
         flat = g.flatten()
         state = memory.pop() if memory else cell.initial_state(len(flat))
@@ -415,8 +415,7 @@ def test_cell(cell, env_id, num_agents, args, seed, alpha=None):
         memory.append(state)
         return (alpha or args.alpha) * update.view_as(g)
 
-    with torch.enable_grad():  # agents need theirs
-        return test(lambda g, n: torch.no_grad()(update_of)(g, n), env_id, num_agents, args, seed)
+    return test(update_of, env_id, num_agents, args, seed)
 
 
 BASELINES = {  # betas of Adam's moments; None: not kept
@@ -573,6 +572,8 @@ if __name__ == "__main__":
         agents.args = args
     turns = torch.arange(args.num_agents) * args.life // args.num_agents if args.pipeline else torch.zeros(args.num_agents)
     scan = "cleanrl_memoroid's scan" if linear_scan else "this file's own scan (faster with `pip install` of cleanrl-memoroid)"
+    between = args.num_windows // (2 * args.num_validations or 1) or 1  # windows between two ratings by fresh agents
+    rated = [args.num_windows - n * between for n in range(args.num_validations)]
     size = f"{args.num_windows} windows of {args.num_updates} updates, {args.num_agents} agents"
     print(f"{args.exp_name}: {args.env_id}, {size}, {scan}")
     weights = sum(p.numel() for p in cell.parameters())
@@ -617,8 +618,7 @@ if __name__ == "__main__":
             skipped += 1
             memory = torch.where(memory.isfinite().all(1, keepdim=True), memory, 0)
         # fresh agents rate it; the best is kept
-        left, between = args.num_windows - window, max(1, args.num_windows // (2 * max(1, args.num_validations)))
-        if args.num_validations and left < between * args.num_validations and left % between == 0:
+        if window in rated:
             auc = summary(test_cell(cell, args.env_id, args.valid_agents, args, args.seed + 10**7))["auc"]
             writer.add_scalar("meta/validation_auc", auc, window)
             if auc > best_auc:

@@ -559,7 +559,7 @@ def as_graph(update, restore, device):
     """`update` recorded, with its warm-up undone; on a CPU, where there are no graphs, the function itself."""
     if device != "cuda":
         return update
-    from cleanrl_memoroid.graphs import record_cuda
+    from graphs import record_cuda
 
     replay, outputs = record_cuda(update, (), after_warm_up=restore)
     restore()
@@ -608,9 +608,8 @@ def script_times(report, args):
 
 def eager_calls(report, name, device, own, update, fixed, parts, network, heads, rows):
     """{what: call}: what a script's loop does, and acting as a graph, which is compared first."""
+    import graphs
     import torch
-
-    from cleanrl_memoroid import graphs
 
     step, inputs = acting(network, heads, own.num_envs, device)
 
