@@ -572,8 +572,7 @@ if __name__ == "__main__":
         agents.args = args
     turns = torch.arange(args.num_agents) * args.life // args.num_agents if args.pipeline else torch.zeros(args.num_agents)
     scan = "cleanrl_memoroid's scan" if linear_scan else "this file's own scan (faster with `pip install` of cleanrl-memoroid)"
-    between = args.num_windows // (2 * args.num_validations or 1) or 1  # windows between two ratings by fresh agents
-    rated = [args.num_windows - n * between for n in range(args.num_validations)]
+    rated = [args.num_windows - n * (args.num_windows // (2 * args.num_validations) or 1) for n in range(args.num_validations)]
     size = f"{args.num_windows} windows of {args.num_updates} updates, {args.num_agents} agents"
     print(f"{args.exp_name}: {args.env_id}, {size}, {scan}")
     weights = sum(p.numel() for p in cell.parameters())

@@ -18,6 +18,7 @@ from tables import csv_link, each_seed, grouped, markdown, mean_and_spread, natu
 GRID, EVERY = "optim4rl", 5
 NAMES = {"optim4rl": "GRU adaptive, signlog", "optim4rl_lru": "memoroid"}  # of scripts, in the table of other tasks
 SUMMARY = "return", "auc", "worst"
+SHARE = "share_within_10_percent"
 STRUCTURES, PROCESSINGS = ("adaptive", "linear", "momentum", "raw"), ("none", "signlog", "l2l", "asinh")
 CROSSED = [f"GRU {structure}, {kind}" for structure in STRUCTURES for kind in PROCESSINGS]
 UNTRAINED = {"memoroid": "memoroid, untrained", "GRU adaptive, signlog": "GRU adaptive, untrained (signSGD)"}  # by arm
@@ -89,6 +90,16 @@ def transfer_table(rows):
     return markdown(sorted(table, key=lambda row: natural(row["task"])), list(table[0]))
 
 
+def identity_table(rows):
+    """Share of coordinates that a network copies within 10 %: a row per processing, each seed in brackets."""
+    shares = grouped(rows, lambda row: row["kind"])
+    table = [
+        {"the network sees": kind, "coordinates within 10 %": each(sorted(runs, key=lambda row: int(row["seed"])), SHARE)}
+        for kind, runs in shares.items()
+    ]
+    return markdown(table, list(table[0]))
+
+
 def optimizer_tables(results):
     """{marker: table} of the cells, of the known optimisers, and of structures crossed with what the network sees."""
     path = results / GRID / "summary.csv"
@@ -139,6 +150,8 @@ def optimizer_tables(results):
     tables["optim4rl_crossed"] = markdown(crossed, list(crossed[0]))
     if (path := path.with_name("transfer.csv")).exists():
         tables["optim4rl_transfer"] = transfer_table(read_rows(path)[0])
+    if (path := path.with_name("identity.csv")).exists():
+        tables["optim4rl_identity"] = identity_table(read_rows(path)[0])
     return tables
 
 
