@@ -282,6 +282,30 @@ def test_agents_that_begin_anew_leave_the_others_alone():
     assert torch.equal(agents.envs.ball[[0, 2]], ball[[0, 2]]) and (agents.envs.ball[1] < 5).all()
 
 
+def test_returns_are_those_of_whole_episodes():
+    agents = optim4rl.Agents("grid", 3, optim4rl.Args(num_envs=2, num_steps=40))  # episodes of up to 50 steps cross rollouts
+    sums, seen, step = torch.zeros(3, 2), [], agents.envs.step
+
+    def record(actions):
+        reward, ended = step(actions)
+        sums.add_(reward)
+        seen.append(torch.where(ended, sums, torch.nan))
+        sums.masked_fill_(ended, 0)
+        return reward, ended
+
+    agents.envs.step = record
+    agents.gradient()
+    agents.begin(which := torch.tensor([False, True, False]))
+    sums[which] = 0
+    assert agents.recent[1].isnan()
+    for _ in range(3):
+        seen.clear()
+        before = agents.recent
+        agents.gradient()
+        mean = torch.stack(seen).transpose(0, 1).flatten(1).nanmean(1)
+        assert torch.equal(agents.recent.nan_to_num(99), torch.where(mean.isnan(), before, mean).nan_to_num(99))
+
+
 # ---- the optimiser for others
 
 
