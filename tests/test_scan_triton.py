@@ -267,7 +267,7 @@ def compile_for(capability, ways, dtypes, path):
 
 
 def test_compiles_without_spills(tmp_path):
-    """A decay of its own for each row, in double: of all kinds, it takes the most registers."""
+    """A decay of its own for each row, in double; the next test has all kinds."""
     compile_for(90, "one way", ["complex64/complex128"], tmp_path)
 
 
