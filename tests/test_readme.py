@@ -27,7 +27,7 @@ def test_files_that_a_page_names_exist(page):
         assert (ROOT / path).exists(), path
 
 
-def test_commands_use_flags_that_the_scripts_have(tmp_path):
+def test_commands_use_flags_that_the_scripts_have(tmp_path, monkeypatch):
     """Every `python some/script.py --flag` in the pages and in benchmark/learn/*.sh."""
     texts = [code for _, code in blocks("bash")] + [path.read_text() for path in (ROOT / "benchmark" / "learn").glob("*.sh")]
     used = {}
@@ -40,12 +40,9 @@ def test_commands_use_flags_that_the_scripts_have(tmp_path):
             used.setdefault(script, set()).update(re.findall(r"\s--([a-z-]+)", flags))
     assert "resume" in used["single_files/dqn_tbb_ffm.py"]
     for script, flags in used.items():
-        if script.startswith("single_files"):
-            shown = run(tmp_path, "--help", script=ROOT / script)
-        else:
-            shown = subprocess.run(
-                [sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True
-            ).stdout
+        monkeypatch.syspath_prepend((ROOT / script).parent)  # as `python some/script.py` does
+        shown = run(tmp_path, "--help", script=ROOT / script)
+        assert shown, script
         for flag in flags:
             assert f"--{flag}" in shown, f"{script} --{flag}"
 

@@ -115,8 +115,10 @@ def test_channels_share_x(backend):
     """x is 1 where a constant decay is longer: as if it were expanded, its gradient summed; wherever that dimension stands."""
     shapes = [((4, 16), (1, 16)), ((2, 3, 5), (1, 1, 5)), ((4, 3), (4, 1)), ((4, 1, 3), (1, 1, 3)), ((5,), (1,))]
     shapes += [((2, 3, 8), (1, 3, 8)), ((2, 3, 8), (2, 1, 8)), ((1, 3), (1, 1)), ((3, 2), (1, 1))]
-    for (channels, own), dtype, groups, *rest in itertools.product(shapes, TOLERANCE, [None, (), (1,)], *[[False, True]] * 2):
-        state, reverse = rest
+    cases = list(itertools.product(shapes, TOLERANCE, [None, (), (1,)], *[[False, True]] * 2))
+    if backend != "numba":  # every shape with every dtype, and by turns with all else: five is no divisor of twelve
+        cases = cases[::5]
+    for (channels, own), dtype, groups, state, reverse in cases:
         if groups == (1,) and own[0] != 1:
             continue
         kind = torch.complex128 if dtype.is_complex else torch.float64
@@ -151,7 +153,7 @@ def test_gradcheck(backend):
         decay, x, begins, h0 = make(60, (2,), dtype, varying, (), True)
         leaves = [v.requires_grad_() for v in (decay, x, h0)]
         call = lambda a, x, h0: linear_scan(a, x, begins, h0, reverse=reverse, backend=backend)  # noqa: B023, E731
-        assert torch.autograd.gradcheck(call, leaves)
+        assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "ref"])
