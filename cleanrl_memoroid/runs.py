@@ -187,7 +187,7 @@ def _survive_closed_pipe(stream):
 
 KEPT = "seed", "buffer_size", "segment_length", "burn_in"  # what a tape in a checkpoint was made with, and its random numbers
 SHARES = """gamma gae_lambda tau start_e end_e exploration_fraction learning_rate sigma_learning_rate critic_learning_rate
-    noise_memory eta_start eta_end""".split()  # at most 1
+    noise_memory eta_start eta_end borrowed_lambda""".split()  # at most 1
 MAY_BE_ZERO = "seed checkpoint_interval max_prefix learning_starts burn_in fine_tune_updates".split()
 
 

@@ -111,6 +111,7 @@ class Args:
     off_policy_ratio: int = 1  # the leader borrows so many blocks' worth of environments
     borrow: Literal["union", "block"] = "union"  # the leader borrows from all followers, or from one at a time (their code)
     borrowed_state: Literal["rescan", "stored"] = "rescan"  # memory before a borrowed rollout: the borrower's, the actor's
+    borrowed_lambda: float = 0.0  # lambda of a borrowed row's advantage, by Retrace; 0: a target of one step, as in the paper
     follower_kl: float = 0.0  # coefficient of KL(follower, leader), which keeps followers near (arXiv 2603.01741)
     std_init: float = 0.5  # standard deviation of every policy's actions at the start
     std_min: float = 0.3  # standard deviations are kept between this and --std-max
@@ -437,18 +438,24 @@ def borrowed_columns(rng, num_envs, args):
     return columns, np.zeros_like(columns)
 
 
-def gae(rewards, values, next_values, ended, gamma, gae_lambda):
+def retrace(mu, borrowed_lambda):
+    """lambda min(1, mu[t+1]) at row t: what counts of the rows behind it. Source: Munos et al. (2016), Retrace. [S, E]"""
+    return borrowed_lambda * F.pad(mu[1:].clamp(max=1), (0, 0, 0, 1))
+
+
+def traced_gae(rewards, values, next_values, ended, gamma, gae_lambda):
     """A[t] = delta[t] + gamma lambda A[t+1], where delta = r + gamma V(s') - V(s): Schulman et al. (2016), eq. 16. [S, N]
 
     TBB: this recurrence is a memoroid, too: a scan from the last step to the first, which starts anew at an episode's end.
     next_values: 0 if the episode terminated, else the value of the next observation, or of the final one if it was cut off.
+    gae_lambda: a number, or one for each row [S, N].
     """
     delta = rewards + gamma * next_values - values
     if linear_scan:
         return linear_scan(gamma * gae_lambda, delta, ended, reverse=True)
     # (a, x) • (a', x') = (a' a, a' x + x'), with the identity (1, 0)
     operator = resettable(lambda left, right: (right[0] * left[0], right[0] * left[1] + right[1]), identity=(1, 0))
-    elems = torch.full_like(delta, gamma * gae_lambda), delta.flip(0), ended.flip(0)
+    elems = (gamma * gae_lambda + torch.zeros_like(delta)).flip(0), delta.flip(0), ended.flip(0)
     return associative_scan(operator, elems)[1].flip(0)
 
 
@@ -641,7 +648,7 @@ if __name__ == "__main__":
         rewards, ended, cut_off = (torch.from_numpy(v).to(device) for v in (gains, ends, cuts))
         rollout = torch.as_tensor(next_obs).to(obs), torch.as_tensor(next_begins).to(begins), ended, cut_off, final_obs
         next_values = values_of_next(agent, rollout, values, states, all_columns, ids)
-        advantages = gae(rewards, values, next_values, ended, args.gamma, args.gae_lambda)
+        advantages = traced_gae(rewards, values, next_values, ended, args.gamma, args.gae_lambda)
         explained_var = 1 - advantages.var() / (advantages + values).var()
         # [S, E, ...]; the fourth is of the policy that reads, the fifth of the one that acted: the same on own rows
         batch = [obs, begins, actions, logprobs, logprobs, advantages, advantages + values]
@@ -653,11 +660,13 @@ if __name__ == "__main__":
             before = state_before[columns] if stored else carried_tape.read(agent, columns, borrowers)
             policy, value, states = carried_tape.reread(agent, (obs, begins), columns, borrowers, before)
             old_logprobs, acted_logprobs = log_prob(policy, actions[:, columns]), logprobs[:, columns]
-            returns = rewards[:, columns] + args.gamma * values_of_next(agent, rollout, value, states, columns, borrowers)
-            borrowed = *(v[:, columns] for v in batch[:3]), old_logprobs, acted_logprobs, returns - value, returns
+            mu = (old_logprobs - acted_logprobs).exp()
+            next_value = values_of_next(agent, rollout, value, states, columns, borrowers)
+            traces = retrace(mu, args.borrowed_lambda)
+            advantage = traced_gae(rewards[:, columns], value, next_value, ended[:, columns], args.gamma, traces)
+            borrowed = *(v[:, columns] for v in batch[:3]), old_logprobs, acted_logprobs, advantage, advantage + value
             batch = [torch.cat(pair, 1) for pair in zip(batch, borrowed)]
             readers, front = torch.cat([ids, borrowers]), torch.cat([front, before])
-            mu = (old_logprobs - acted_logprobs).exp()
             writer.add_scalar("sapg/effective_sample_size", mu.sum() ** 2 / (mu**2).sum() / mu.numel(), global_step)
             writer.add_scalar("sapg/largest_weight", mu.max(), global_step)
         if args.norm_adv:

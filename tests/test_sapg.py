@@ -190,6 +190,28 @@ def test_n_step_advantages_by_hand():
     assert found == pytest.approx([r - v for r, v in zip(returns, values[:, 0].tolist())])
 
 
+@pytest.mark.parametrize("alone", [False, True])
+def test_advantages_with_a_trace_for_each_row(alone, monkeypatch):
+    """A[t] = delta[t] + gamma trace[t] A[t+1], and nothing behind an end."""
+    monkeypatch.setattr(sapg, "linear_scan", None if alone else sapg.linear_scan)
+    rewards, values, next_values, traces = torch.rand(4, 5, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ended = torch.tensor([[False, False], [True, False], [False, False], [False, True], [False, False]])
+    found = sapg.traced_gae(rewards, values, next_values, ended, 0.9, traces)
+    wanted, behind = rewards + 0.9 * next_values - values, torch.zeros(2)
+    for t in range(4, -1, -1):
+        wanted[t] += 0.9 * traces[t] * torch.where(ended[t], 0, behind)
+        behind = wanted[t]
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(
+        sapg.traced_gae(rewards, values, next_values, ended, 0.9, 0 * traces), rewards + 0.9 * next_values - values
+    )
+
+
+def test_what_follows_a_borrowed_row_counts_as_much_as_the_leader_would_do_it():
+    mu = torch.tensor([[0.5, 3.0], [0.2, 1.5], [9.0, 0.7]])
+    torch.testing.assert_close(sapg.retrace(mu, 0.9), torch.tensor([[0.18, 0.9], [0.9, 0.63], [0, 0]]))
+
+
 # ---- whose memory
 
 

@@ -74,7 +74,7 @@ CHANGES = {  # what stands in the script, what comes in its place; {} is what st
         "carried_tape.carry(next_begins,": "carried_tape.carry(late_begins,",
     },
     "n_step": {
-        "        advantages = gae(rewards, values, next_values, ended, args.gamma, args.gae_lambda)": """
+        "        advantages = traced_gae(rewards, values, next_values, ended, args.gamma, args.gae_lambda)": """
         delta = advantages = rewards + args.gamma * next_values - values
         for _ in range({} - 1):  # A_n[t] = delta[t] + gamma A_(n-1)[t+1]; fewer steps before an end
             advantages = delta + args.gamma * F.pad(advantages[1:], (0, 0, 0, 1)).where(~ended, 0)""".lstrip("\n"),
