@@ -30,6 +30,7 @@ KL to the leader 0.03: --follower-kl 0.03
 KL to the leader 0.3: --follower-kl 0.3
 one block at a time: --borrow block
 all followers' rows: --off-policy-ratio 3
+lambda 0.95: --borrowed-lambda 0.95
 3-step targets: benchmark/probes/ablate.py n_step=3 single_files/sapg_tbb_lru_continuous_action.py
 ARMS
 }
@@ -71,9 +72,9 @@ done | grid sapg_envs "$@"
 cheetah="--env-id HalfCheetah-v5 --num-envs 64 --num-steps 128 --max-prefix 128 --total-timesteps 600000 --learning-rate 1e-3"
 cheetah="$cheetah --hidden-size 64 --state-size 32 --norm-reward --anneal-lr --std-min 0.05 --eval-episodes 20"
 for seed in 1 2 3; do
-    for arm in "PPO:--num-policies 1" "SAPG:--entropy-scale 0.005" "SAPG, KL 0.1:--entropy-scale 0.005 --follower-kl 0.1" \
+    for arm in "PPO:--num-policies 1" "SAPG:--entropy-scale 0.005" "SAPG, KL to the leader 0.1:--entropy-scale 0.005 --follower-kl 0.1" \
         "SAPG, no ladder:--entropy-scale 0" "SAPG, lambda 0.95:--entropy-scale 0.005 --borrowed-lambda 0.95" \
-        "SAPG, KL 0.1, lambda 0.95:--entropy-scale 0.005 --follower-kl 0.1 --borrowed-lambda 0.95"; do
+        "SAPG, KL to the leader 0.1, lambda 0.95:--entropy-scale 0.005 --follower-kl 0.1 --borrowed-lambda 0.95"; do
         echo "${arm%%:*}: $script --seed $seed $cheetah --checkpoint-interval 0 ${arm#*:}"
     done
 done | grid sapg_cheetah "$@"
