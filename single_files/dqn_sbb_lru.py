@@ -78,7 +78,7 @@ class Args:
     env_id: str = "popgym-RepeatFirstEasy-v0"  # any environment with vector observations and discrete actions
     env_kwargs: dict[str, int | float | bool | str] = field(default_factory=dict)  # for its constructor: k 10 num_decks 2
     prev_action: bool = True  # if toggled, POPGym observations include the previous action
-    total_timesteps: int = 75_000  # total timesteps of the experiment, over all environments (steps)
+    total_timesteps: int = 90_000  # total timesteps of the experiment, over all environments (steps)
     learning_rate: float = 1e-3  # the learning rate of the optimizer at the start
     anneal_lr: bool = True  # if toggled, the learning rate falls linearly to zero
     num_envs: int = 16  # the number of parallel environments
