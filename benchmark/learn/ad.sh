@@ -32,8 +32,11 @@ others() {
         echo "minGRU: $mingru --seed $seed"
         echo "ED: $ed --seed $seed"
     done
+    for seed in 1 2 3 4 5; do
+        echo "ED, 600 updates: $ed --total-updates 600 --seed $seed"
+    done
     for seed in 1 2 3 4 5; do # a task with two places to remember
-        echo "minGRU: $mingru $door --batch-rows 1920 --seed $seed"
+        echo "minGRU: $mingru $door --batch-rows 1280 --total-updates 1100 --seed $seed"
         echo "ED: $ed $door $chunks --seed $seed"
     done
     scales 1

@@ -4,7 +4,7 @@ import numpy as np
 from curves import begin, save
 from tables import grouped, markdown, number, read_rows
 
-MEMORIES = "minGRU", "ED", "full context", "linear attention", "XL", "reduced context", "LRU"
+MEMORIES = "minGRU", "ED", "ED, 600 updates", "full context", "linear attention", "XL", "reduced context", "LRU"
 CONTROLS = "minGRU, reset at episodes", "no cache", "ED, early greed"
 ED = "ED", "ED, scale 0.5", "ED, scale 1", "ED, pre-norm", "ED, smoothed labels"
 SCALES = [f"{arm}, scale {scale}" for arm in ("ED, short cache", "minGRU, window") for scale in ("0", "0.5", "1")]
