@@ -218,6 +218,7 @@ def two(folder, *flags):
     return out, one, other
 
 
+@pytest.mark.slow
 def test_processes_of_torchrun_stop_together_and_save(tmp_path):
     path = ROOT / "single_files" / f"{MULTIGPU}.py"
     flags = [*FEW, "--total-timesteps", 10**6, "--checkpoint-interval", 64]

@@ -1,12 +1,16 @@
 """SAPG: who borrows what, what a borrowed row is worth, whose memory reads it, and the hill car."""
 
+import random
 import sys
 import textwrap
 
+import cloudpickle
 import numpy as np
 import pytest
 import torch
 from scripts import ROOT, fails, kill_and_resume, load_script, model, run, run_folder, scalars
+
+from cleanrl_memoroid import runs
 
 SCRIPT, DISJOINT = "sapg_tbb_lru_continuous_action", "sapg_disjoint_tbb_lru_continuous_action"
 sapg, disjoint = load_script(SCRIPT), load_script(DISJOINT)
@@ -355,6 +359,23 @@ def test_the_cue_is_shown_once_and_decides_which_top_pays(knows):
         assert not infos["final_obs"][:, 1].any() and not obs[~ended, 1].any() and (obs[ended, 1] != 0).all()
         total, running = total + rewards * running, running & ~ended
     assert not running.any() and total == pytest.approx([2 if knows else -1] * 64, abs=0.3)
+
+
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_a_copy_of_the_cars_that_goes_on_otherwise_is_noticed(wrong):
+    class Twin(sapg.HillCar):
+        def __setstate__(self, state):
+            vars(self).update(state, wrong=wrong)
+
+        def step(self, actions):
+            obs, rewards, *rest = super().step(actions)
+            return obs, rewards + vars(self).get("wrong", 0), *rest
+
+    envs = Twin(3)
+    envs.reset(seed=0)
+    pickled = cloudpickle.dumps((envs.envs, random.getstate(), np.random.get_state(), torch.get_rng_state()))
+    actions = np.ones((3, 1))
+    assert bool(runs.unlike(envs, pickled, actions, envs.step(actions))) == bool(wrong)
 
 
 def test_a_killed_run_of_hill_cars_resumes_exactly(tmp_path):
