@@ -5,7 +5,12 @@ import re
 import numpy as np
 from tables import grouped, markdown, read_rows
 
-MACHINES = {"family 25, model 1)": "Zen 3", "family 25, model 17)": "Zen 4", "family 26, model 2)": "Zen 5"}  # of AMD EPYC
+MACHINES = {  # AMD EPYC of three kinds, and an Intel Xeon
+    "family 25, model 1)": "Zen 3",
+    "family 25, model 17)": "Zen 4",
+    "family 26, model 2)": "Zen 5",
+    "family 6, model 207)": "Xeon",
+}
 TASK = "popgym-RepeatFirstEasy-v0"  # what most scripts train on at their defaults
 FREE = {"env-id", "seed", "total-timesteps", "end-e"}  # flags that leave the cost of a step as it is
 
