@@ -191,6 +191,13 @@ def test_running_episodes_longer_than_the_tape_are_an_error(either):
             played.step()
 
 
+def test_wrong_lengths_of_segments_are_errors(sbb):
+    with pytest.raises(ValueError, match="--segment-length: expected at least 1, got 0; raise it"):
+        sbb.FrameSegments(10, 1, [], 0, 0)
+    with pytest.raises(ValueError, match="--burn-in: expected at least 0, got -1; raise it"):
+        sbb.FrameSegments(10, 1, [], 1, -1)
+
+
 @pytest.mark.parametrize("steps", [6, 90])
 def test_a_tape_goes_on_from_the_episodes_in_a_checkpoint(either, tmp_path, steps):
     played = Played(either, 100, 2, 1)
