@@ -5,13 +5,14 @@ WORKERS=${WORKERS:-1}
 source "$(dirname "$0")/grid.sh"
 flags="--cnn-channels 16 --train-frequency 64 --max-episode-steps 5000 --checkpoint-interval 0"
 
+# A tape goes on to the end of its last episode: one game of Pong has 900 steps at first and more later, a life of Ms. Pac-Man
+# about 160. So a tape has more rows than --batch-size says, and segments get a batch size with which they have as many.
 runs() { # flags of a game, batch size of the tape, batch size of the segments
     echo "tape: single_files/dqn_tbb_lru_atari_envpool.py $1 $flags --batch-size $2 --seed $seed"
     echo "segments of 80: single_files/dqn_sbb_lru_atari_envpool.py $1 $flags --batch-size $3 --segment-length 80 --seed $seed"
 }
 
 for seed in 1 2 3; do
-    # a tape takes whole games: of Pong it takes one, which has 900 steps at first and more later
     runs "--env-id Pong-v5 --total-timesteps 150000" 500 1040
-    runs "--env-id Breakout-v5 --episodic-life --total-timesteps 120000" 560 560
+    runs "--env-id MsPacman-v5 --episodic-life --total-timesteps 120000" 450 560
 done | grid atari_segments "$@"
