@@ -134,7 +134,7 @@ def test_the_tape_equals_a_list_of_episodes(atari, num_envs, spare, steps, seed)
         assert transitions >= 2_000 > transitions - found[-1][2]  # and not an episode more than needed
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     st.integers(1, 4),
     st.integers(0, 60),
@@ -168,9 +168,8 @@ def test_sampling_is_uniform_over_segments(sbb):
     played = Played(sbb, 40, 2, 0, segment_length=2)
     for _ in range(40):
         played.step()
-    counts = np.unique(
-        read_segments(played.tape.sample(20_000, np.random.default_rng(0)), played), axis=0, return_counts=True
-    )[1]
+    firsts = played.tape.sample(20_000, np.random.default_rng(0)).obs[::3].flatten(1)  # which name their segments
+    counts = np.unique(firsts.numpy(), axis=0, return_counts=True)[1]
     assert len(counts) == len(played.tape.segments) > 2 * len(played.tape.episodes)
     assert abs(counts / counts.mean() - 1).max() < 0.15
 
