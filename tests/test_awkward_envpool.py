@@ -14,7 +14,7 @@ from cleanrl_memoroid import runs
 
 pytest.importorskip("envpool")
 from test_envpool import SCRIPT as DQN  # noqa: E402
-from test_envpool import SMALL, main  # noqa: E402
+from test_envpool import SEGMENTS, SMALL, main  # noqa: E402
 from test_envpool_ppo import ATARI, FLAGS, MINIGRID, MULTIGPU  # noqa: E402
 
 RUNS = {DQN: SMALL, ATARI: FLAGS[ATARI], MINIGRID: FLAGS[MINIGRID]}  # MULTIGPU is a variant of ATARI
@@ -27,7 +27,7 @@ def raises(script, folder, *flags):
     return str(error.value)
 
 
-@pytest.mark.parametrize("script", [*RUNS, MULTIGPU])
+@pytest.mark.parametrize("script", [*RUNS, MULTIGPU, SEGMENTS])
 def test_numbers_out_of_range_name_their_flag_before_anything_starts(tmp_path, script):
     for name, value in vars(load_script(script).Args()).items():
         if type(value) in (int, float):

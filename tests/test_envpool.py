@@ -16,6 +16,8 @@ from scripts import assert_keeps_its_source, run_folder, saved_state, scalars
 envpool = pytest.importorskip("envpool", reason="pip install 'cleanrl-memoroid[envpool]'")
 
 SCRIPT = "dqn_tbb_lru_atari_envpool"
+SEGMENTS = "dqn_sbb_lru_atari_envpool"
+every_script = pytest.mark.parametrize("script", [SCRIPT, SEGMENTS])
 MAKE = envpool.make_gymnasium
 TINY = "--cnn-channels 2 --hidden-size 8 --state-size 4 --eval-episodes 0 --checkpoint-interval 0".split()
 
@@ -167,12 +169,14 @@ def test_a_game_that_is_over_in_the_step_of_its_time_limit_is_terminated(atari):
     assert play(length - 1) == (length - 1, False, True, True)
 
 
-@pytest.mark.parametrize("clip", ["--clip-reward", "--no-clip-reward"])
-def test_the_tape_holds_every_game_that_has_ended(tmp_path, clip):
+@pytest.mark.parametrize(
+    "script, clip", [(SCRIPT, "--clip-reward"), (SCRIPT, "--no-clip-reward"), (SEGMENTS, "--clip-reward")]
+)
+def test_the_tape_holds_every_game_that_has_ended(tmp_path, script, clip):
     """Frames, rewards and endings of games that a test knows, of which the last of each environment still runs."""
     flags = "--num-envs 3 --total-timesteps 180 --learning-starts 178 --train-frequency 3".split()
     flags += "--max-episode-steps 6 --buffer-size 500".split()
-    space = main(SCRIPT, tmp_path, *TINY, *flags, clip, "--episodic-life", fake=True)
+    space = main(script, tmp_path, *TINY, *flags, clip, "--episodic-life", fake=True)
     found, returns, frames = {}, [], 0
     for episode in space["tape_buffer"].episodes:
         found.setdefault(episode.obs.numpy().tobytes(), []).append(episode)
@@ -293,41 +297,50 @@ def test_the_tape_holds_what_the_emulator_shows(atari, monkeypatch, tmp_path, ga
 SMALL = "--cnn-channels 2 --hidden-size 8 --state-size 4 --num-envs 3 --max-episode-steps 6 --buffer-size 500".split()
 SMALL += "--total-timesteps 900 --learning-starts 300 --batch-size 60 --train-frequency 30 --checkpoint-interval 200".split()
 SMALL += ["--eval-episodes", "4"]
+FLAGS = {SCRIPT: SMALL, SEGMENTS: [*SMALL, *"--segment-length 3 --burn-in 2".split()]}
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("finished")
-    main(SCRIPT, folder, *SMALL, fake=True)
-    return folder
+    """script -> the folder of a finished run, of which several tests read."""
+
+    @functools.cache
+    def of(script):
+        folder = tmp_path_factory.mktemp("finished")
+        main(script, folder, *FLAGS[script], fake=True)
+        return folder
+
+    return of
 
 
-def test_a_run_logs_saves_and_evaluates(finished, tmp_path, capsys):
-    main(SCRIPT, tmp_path, *SMALL, fake=True)
+@every_script
+def test_a_run_logs_saves_and_evaluates(finished, tmp_path, capsys, script):
+    main(script, tmp_path, *FLAGS[script], fake=True)
     out = capsys.readouterr().out.splitlines()
     assert out[0] == "games run in C++ and cannot be saved: --resume will begin new ones"
-    assert out[1].startswith(f"{SCRIPT}: Pong-v5, 900 steps") and out[3] == "the tape takes 0.00 GB once it is full"
+    assert out[1].startswith(f"{script}: Pong-v5, 900 steps") and out[3] == "the tape takes 0.00 GB once it is full"
     assert out[-1].startswith("evaluation: episodic_return=") and out[-1].endswith("the mean of 4 greedy games of Pong-v5")
     logged = scalars(run_folder(tmp_path))
     names = "charts/episodic_return charts/episodic_length losses/td_loss losses/q_values charts/epsilon charts/buffer_fill"
     assert set(names.split()) <= set(logged) and len(logged["eval/episodic_return"]) == 4
-    assert logged == scalars(run_folder(finished))  # equal seeds, equal runs
-    main(SCRIPT, tmp_path, "--evaluate", run_folder(tmp_path), fake=True)
+    assert logged == scalars(run_folder(finished(script)))  # equal seeds, equal runs
+    main(script, tmp_path, "--evaluate", run_folder(tmp_path), fake=True)
     assert capsys.readouterr().out.splitlines()[-1] == out[-1]
     assert not list(tmp_path.glob("runs/*/*.partial"))
-    assert_keeps_its_source(run_folder(tmp_path), SCRIPT)
+    assert_keeps_its_source(run_folder(tmp_path), script)
 
 
-def test_a_resumed_run_goes_on_with_tape_and_weights_and_new_games(finished, tmp_path, capsys):
+@every_script
+def test_a_resumed_run_goes_on_with_tape_and_weights_and_new_games(finished, tmp_path, capsys, script):
     """From the last checkpoint of a finished run, at 800 steps, with a larger tape."""
-    shutil.copytree(finished / "runs", tmp_path / "runs")
-    saved = saved_state(tmp_path, SCRIPT)
+    shutil.copytree(finished(script) / "runs", tmp_path / "runs")
+    saved = saved_state(tmp_path, script)
     assert saved["global_step"] == 801 and saved["update"] == 801 // 30 - 300 // 30 and len(saved["episodes"]) > 50
     seeds, make = [], fake_envpool().make_gymnasium
     with pytest.MonkeyPatch.context() as patch:
         spy = lambda *args, seed, **options: seeds.append(seed) or make(*args, seed=seed, **options)  # noqa: E731
         patch.setattr(fake_envpool(), "make_gymnasium", spy)
-        space = main(SCRIPT, tmp_path, "--resume", run_folder(tmp_path), "--buffer-size", "5000", fake=True)
+        space = main(script, tmp_path, "--resume", run_folder(tmp_path), "--buffer-size", "5000", fake=True)
     assert not set(seeds[0]) & {1, 2, 3} and seeds[1] == [1_000_001, 1_000_002, 1_000_003, 1_000_004]
     out = capsys.readouterr().out
     assert "cannot be saved: new ones begin" in out and "900 steps, 20 updates" in out and "evaluation:" in out
@@ -397,3 +410,13 @@ def test_evaluation_plays_one_whole_game_in_each_environment(atari):
 def test_errors_say_what_to_do(tmp_path, flags, message):
     with pytest.raises(ValueError, match=message):
         main(SCRIPT, tmp_path, *flags.split())
+
+
+@pytest.mark.parametrize(
+    "script, words", [(SCRIPT, "trained on a tape of whole games"), (SEGMENTS, "on zero-padded segments")]
+)
+def test_help_reads_like_documentation(tmp_path, capsys, script, words):
+    main(script, tmp_path, "--help")
+    out = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert words in out and "the id of the game in envpool" in out
+    assert ("transitions per segment" in out) == (script == SEGMENTS)

@@ -282,6 +282,26 @@ def test_the_table_of_sapg_shows_the_end_of_training_and_how_soon(report, root, 
     ]
 
 
+def test_the_table_of_pixels_shows_how_much_of_a_batch_is_real(report, root, means_of_runs):
+    shutil.rmtree(root / "runs")
+    for arm, seed, late in (("tape", 1, 2.0), ("tape", 2, 1.0), ("segments of 80", 1, 0.0)):
+        training = [(10 * i, i, late if i == 10 else 9.0) for i in range(1, 11)]
+        add_run(root, arm, seed, training, [3.0, 4.0 + seed], grid="atari_segments", cpu_seconds=30.0 + seed)
+        path = next((root / "runs" / "grids" / "atari_segments").glob(f"{arm.replace(' ', '-')}-{seed}/runs/*/events*"))
+        with open(path, "ab") as file:
+            for step, value in ((50, 500.0), (95, 520.0 + 20 * seed)):
+                summary = Summary(value=[Summary.Value(tag="losses/transitions", simple_value=value)])
+                RecordWriter(file).write(Event(wall_time=STARTED, step=step, summary=summary).SerializeToString())
+    add_run(root, "segments of 80", 2, grid="atari_segments", state="waiting", exit_status=None)
+    (root / "README.md").write_text("<!-- results: atari_segments -->\n<!-- end results -->\n")
+    collect(report, root)
+    lines = [line for line in make(root, "--runs", "", "--no-pictures").splitlines() if line.startswith("|")][2:]
+    assert lines == [
+        "| A-v0, 100 steps | tape | 525 | 4.25 ± 0.25 (4.00, 4.50) | 1.50 ± 0.50 (2.00, 1.00) | 31 to 32 |",
+        "| A-v0, 100 steps | segments of 80 | 520 | 4.00 (1 of 2 done, 1 unfinished) | 0.00 | 31 |",
+    ]
+
+
 def test_batching_is_read_off_script_and_flags(report):
     import records
 

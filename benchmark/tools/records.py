@@ -16,7 +16,9 @@ from tables import natural, read_rows
 BINS = 40  # points of a curve
 WINDOW = 100  # recent episodes whose mean return says what an agent in training can do
 GOAL = 0.95  # of 1, the largest return of a task of POPGym
-RESULTS = "greedy_return lowest episodes training_return steps_to_goal seconds_to_goal steps_to_half metrics".split()
+RESULTS = (
+    "greedy_return lowest episodes training_return steps_to_goal seconds_to_goal steps_to_half transitions metrics".split()
+)
 COMMON = "charts", "losses", "eval"  # what every script logs; what else one logs is in the column `metrics`
 
 
@@ -126,6 +128,8 @@ def read_record(path, root):
         returns = [e.value for e in events.Scalars("eval/episodic_return")]
         row |= {"greedy_return": f"{np.mean(returns):.4f}", "lowest": f"{min(returns):.4f}", "episodes": len(returns)}
     row["training_return"] = f"{np.mean([e.value for e in training[-WINDOW:]]):.4f}"
+    if "losses/transitions" in tags:  # of an update of DQN, without padding; mean over the run
+        row["transitions"] = f"{np.mean([e.value for e in events.Scalars('losses/transitions')]):.1f}"
     row["steps_to_goal"], row["seconds_to_goal"] = reached(training, GOAL, start)
     row["total_timesteps"] = total = record["total_timesteps"] or saved_timesteps(folder) or max(e.step for e in training)
     row["metrics"] = own_metrics(events, total)

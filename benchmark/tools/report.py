@@ -303,13 +303,42 @@ def in_order(rows, name):
     return sorted(rows, key=lambda row: (lines.find(f"\n{row['arm']}:") % len(lines), natural(row["arm"]), int(row["seed"])))
 
 
+def last_tenth(curve):
+    """{key of a run: its mean training return over the last tenth of its curve}"""
+    runs = grouped(curve, lambda point: point["key"])
+    returns = {key: [float(point["episodic_return"]) for point in points] for key, points in runs.items()}
+    return {key: float(np.mean(values[-max(1, len(values) // 10) :])) for key, values in returns.items()}
+
+
+def pixels_table(rows, curve):
+    """Atari on a tape and in segments: how much of a batch is real, what each seed returns at the end, and what it costs."""
+    late, table = last_tenth(curve), []
+    rows = sorted(rows, key=lambda row: (natural(row["env_id"]), row["arm"] != "tape", natural(row["arm"]), int(row["seed"])))
+    for cell in grouped(rows, lambda row: (task_name(row), row["arm"])).values():
+        done = [row for row in cell if row["state"] == "done"]
+        seconds = dict.fromkeys(number(value, 0) for value in sorted(float(row["cpu_seconds"]) for row in done))
+        table.append(
+            {
+                "environment": f"{short_name(cell[0])}, {steps_text(cell)} steps",
+                "batches": cell[0]["arm"],
+                "transitions per update": number(np.mean([float(row["transitions"]) for row in done])) if done else "",
+                "greedy return (each seed)": with_seeds(
+                    [final_return(row) for row in done], states(cell) if len(done) < len(cell) else ""
+                ),
+                "last tenth of training": with_seeds([late[row["key"]] for row in done]),
+                "CPU seconds": " to ".join([*seconds][:1] + [*seconds][1:][-1:]),
+            }
+        )
+    return f"{evaluation_text(rows)}\n\n{markdown(table, list(table[0]))}{trouble(rows)}"
+
+
 def sapg_table(rows, curve):
     """The leader's return of each arm at the end of training, greedily, and how soon; how far apart its policies are."""
     returns = {
         key: [float(p["episodic_return"]) for p in points] for key, points in grouped(curve, lambda p: p["key"]).items()
     }
     steps = {key: [int(p["global_step"]) for p in points] for key, points in grouped(curve, lambda p: p["key"]).items()}
-    late = {key: float(np.mean(values[-max(1, len(values) // 10) :])) for key, values in returns.items()}
+    late = last_tenth(curve)
     arms = grouped([row for row in rows if row["state"] == "done"], lambda row: row["arm"])
     best, table = max(np.mean([late[row["key"]] for row in cell]) for cell in arms.values()), []
     for arm, cell in arms.items():
@@ -339,6 +368,8 @@ def grid_table(folder):
     rows, _ = read_rows(folder / "runs.csv")
     if folder.name.split("_")[0] == "sapg":
         table = sapg_table(in_order(rows, folder.name), read_rows(folder / "curves.csv")[0])
+    elif folder.name == "atari_segments":
+        table = pixels_table(rows, read_rows(folder / "curves.csv")[0] if (folder / "curves.csv").exists() else [])
     elif folder.name == "popgym_board":
         table = board_table(rows, read_rows(folder / "curves.csv")[0], *read_rows(folder / "reference.csv"))
     elif folder.name == "race":
