@@ -377,7 +377,9 @@ def test_equal_seeds_give_equal_runs_and_a_finished_run_is_logged_once(finished,
     assert_equal(finished(script)[0], tmp_path)
 
 
-@pytest.mark.parametrize("script, stop", [("ad_ed", signal.SIGKILL), ("ad_mingru", signal.SIGTERM)])
+@pytest.mark.parametrize(
+    "script, stop", [("ad_ed", signal.SIGKILL), pytest.param("ad_mingru", signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_run_that_is_stopped_resumes_exactly(finished, tmp_path, script, stop):
     more = ["--total-updates", 250, "--eval-runs", 1, "--checkpoint-interval", 3]
     whole, folder = tmp_path / "whole", tmp_path / "stopped"

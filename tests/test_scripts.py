@@ -148,7 +148,7 @@ def test_equal_seeds_give_equal_runs_and_others_do_not(finished, tmp_path, scrip
     assert scalars(run_folder(folders[0]))[loss] != scalars(run_folder(folders[1]))[loss]
 
 
-@pytest.mark.parametrize("script", ["dqn_tbb_ffm", "dqn_sbb_s5", "ppo_tbb_lru"])  # and test_sapg.py; all scripts below
+@pytest.mark.parametrize("script", ["dqn_tbb_ffm", "ppo_tbb_lru"])  # and test_sapg.py; all scripts below
 def test_a_killed_run_resumes_exactly(finished, tmp_path, script):
     kill_and_resume(finished(script)[0], tmp_path, SCRIPTS[script].flags.split(), [(3, 6)], script)
 
