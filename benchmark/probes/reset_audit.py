@@ -61,9 +61,6 @@ class Counting(gym.Env):
         return self.observation(), 1.0, ended and not self.truncates, ended and self.truncates, {}
 
 
-gym.register("Counting-v0", Counting)
-
-
 def second_episode(obs):
     """The row at which the second episode begins, by the observations themselves."""
     return int(np.flatnonzero(np.asarray(obs)[:, 0] == 1)[1])
