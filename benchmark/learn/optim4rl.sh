@@ -21,4 +21,7 @@ for seed in ${SEEDS:-1 2 3 4 5}; do
         echo "memoroid, meta-lr $rate: $memoroid $run --no-baselines --meta-lr $rate"
         echo "GRU adaptive, signlog, meta-lr $rate: $gru $run --no-baselines --meta-lr $rate"
     done
+    # bare gradients want a high rate; what it learns comes and goes, so fresh agents rate it often
+    echo "GRU adaptive, none, meta-lr 1e-1, six validations: $gru $run --no-baselines --test-agents 16 --grad-proc none" \
+        "--meta-lr 1e-1 --num-validations 6 --num-windows 120"
 done | grid optim4rl "$@"
