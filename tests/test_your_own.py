@@ -3,6 +3,7 @@
 import importlib
 import re
 import sys
+from unittest import mock
 
 import gymnasium as gym
 import numpy as np
@@ -44,9 +45,10 @@ class Screen(gym.Env):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A working directory with the page's my_env.py, beside which no other module of that name is remembered."""
+    """A working directory with the page's my_env.py, of which nothing is remembered afterwards."""
     (tmp_path / "my_env.py").write_text(BLOCKS["Corridor"])
-    yield tmp_path
+    with mock.patch.dict(gym.registry):
+        yield tmp_path
     sys.modules.pop("my_env", None)
 
 
