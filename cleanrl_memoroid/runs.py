@@ -23,7 +23,7 @@ import torch
 from gymnasium.utils import EzPickle
 from gymnasium.vector.utils import iterate
 
-LARGEST = float(np.finfo(np.float32).max)  # what a tape can hold
+LARGEST = np.float64(np.finfo(np.float32).max)  # what a tape can hold
 
 
 class Checked(gym.Wrapper):
@@ -58,15 +58,16 @@ class Checked(gym.Wrapper):
         return self.array(obs), number, bool(terminated), bool(truncated), {}
 
     def array(self, obs):
-        shape = self.observation_space.shape
+        shape = self.env.observation_space.shape
         try:
             array = np.array(obs)
         except (TypeError, ValueError):  # rows of several lengths
             raise self.error(f"an observation of shape {shape}", obs) from None
-        if array.shape != shape or array.dtype.kind not in "biuf":
+        if array.shape != shape or (kind := array.dtype.kind) not in "biuf":
             raise self.error(f"an observation of numbers of shape {shape}", obs)
-        if array.dtype.kind == "f" and not (np.abs(array) <= LARGEST).all():
-            raise self.error("an observation of finite numbers", obs)
+        if kind == "f" and not np.vdot(array, array) <= LARGEST:  # one pass; only if squares are too large, a closer look
+            if not (np.abs(array) <= LARGEST).all():
+                raise self.error("an observation of finite numbers", obs)
         return array
 
     def error(self, expected, got):

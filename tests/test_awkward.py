@@ -363,6 +363,30 @@ def test_a_run_of_a_gpu_goes_on_without_one(finished, tmp_path, script):  # noqa
 # what environments return
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "obs, fits",
+    [
+        (np.full(9, 3e38, np.float32), True),  # whose square is infinite
+        (np.full((2, 3), 300, np.float16), True),
+        (np.full((2, 2), 1e38)[:, ::-1], True),
+        (np.zeros(0, np.float32), True),
+        (np.full(4, 1e300), False),  # infinite in float32
+        (np.array([[1, 1], [1, np.nan]], np.float32), False),
+        (np.array([1, -np.inf], np.float16), False),
+    ],
+)
+def test_every_number_that_float32_holds_may_be_observed(obs, fits):
+    env = gym.Env()
+    env.observation_space = gym.spaces.Box(-np.inf, np.inf, obs.shape, obs.dtype)
+    env.step = lambda action: (obs, 0.0, False, False, {})
+    if fits:
+        assert np.array_equal(runs.Checked(env).step(0)[0], obs)
+    else:
+        with pytest.raises(ValueError, match="expected an observation of finite numbers"):
+            runs.Checked(env).step(0)
+
+
 @every_family
 @pytest.mark.parametrize(
     "what",
