@@ -147,7 +147,7 @@ def grid_picture(rows, curve, intervals, path, axis_name):
         0 if letters < 40 * columns else 0.08 * max(map(len, names)) + 0.6
     )  # inches of a legend beside the panels, not below
     size = (3.4 * columns + 0.6 + wide, 2.2 * lines + 0.8)
-    figure, axes = begin(lines, columns, size, sharey=True, sharex="col" if len(panels) > 1 else "none")
+    figure, axes = begin(lines, columns, size, sharey=small, sharex="col" if len(panels) > 1 else "none")
     for i, (task, members) in enumerate(tasks.items()):
         under = axes[:, i] if len(panels) > 1 else axes.flat[i : i + 1]
         for axis, panel in zip(under, panels):
@@ -166,7 +166,8 @@ def grid_picture(rows, curve, intervals, path, axis_name):
             lacks = [lacking(cell, color_of(cell[0])) for cell in grouped(here, lambda row: row["arm"]).values()]
             note = "\n".join(text for text in lacks if text) if here else "not in the grid"
             axis.text(0.02, 0.03, note, transform=axis.transAxes, fontsize=6, va="bottom")
-            axis.set(ylim=(-1.05, 1.05) if small else None)
+            if small:
+                axis.set_ylim(-1.05, 1.05)
             axis.grid(alpha=0.3)
         under[0].set_title(task_name(members[0]).removeprefix("popgym-").replace(" {", "\n{"), fontsize=9)
         under[-1].set_xlabel("thousand environment steps" if axis_name == "steps" else "seconds")
