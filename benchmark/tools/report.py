@@ -120,19 +120,20 @@ def crossed_table(rows):
 
 
 def reference_table(rows, published, source):
-    """Environments as rows, arms as columns, and beside them what others published: an env_id and columns of their own."""
+    """Environments as rows, arms as columns; one column more has what others published, of all columns of theirs."""
     if published and "env_id" not in published[0]:
         raise ValueError(f"reference.csv: expected a column env_id, got {', '.join(published[0])}; rename one")
     table, arms, theirs = [], sorted({row["arm"] for row in rows}, key=natural), {row["env_id"]: row for row in published}
     columns = [name for name in (published[0] if published else {}) if name != "env_id"]
+    head = "; ".join(columns)
     for members in grouped(rows, task_name).values():
         cells = grouped(members, lambda row: row["arm"])
         row = {"environment": short_name(members[0])}
         row |= {arm: cell_text(cells[arm]) if arm in cells else "" for arm in arms}
-        found = {name: theirs.get(members[0]["env_id"], {}).get(name, "") for name in columns}
-        table.append(row | {name: number(value, 2) if value else "" for name, value in found.items()})
+        found = [theirs.get(members[0]["env_id"], {}).get(name, "") for name in columns]
+        table.append(row | {head: "; ".join(number(value, 2) if value else "-" for value in found) if any(found) else ""})
     text = ". ".join(part for part in (f"{evaluation_text(rows)}; {steps_text(rows)} steps", source) if part)
-    return f"{text}\n\n{markdown(table, ['environment', *arms, *columns])}{trouble(rows)}"
+    return f"{text}\n\n{markdown(table, ['environment', *arms, *([head] if head else [])])}{trouble(rows)}"
 
 
 def listed(texts):
