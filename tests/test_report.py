@@ -221,18 +221,34 @@ def test_runs_of_another_machine_stay(report, root, means_of_runs):
     assert (rows_of(root, "runs"), rows_of(root, "curves")) == before
 
 
+def test_tasks_of_other_scales_are_seen_beside_each_other(report, monkeypatch, tmp_path):
+    """Points of a game may be in thousands, or negative."""
+    rows, points = [], []
+    for env_id, scale in (("Many-v5", 1000), ("Lost-v5", -20)):
+        row = {"key": env_id, "env_id": env_id, "env_kwargs": "{}", "arm": "tape", "seed": "1", "memory": "lru"}
+        rows.append(row | {"batching": "tape", "state": "done"})
+        points += [{"key": env_id, "global_step": step, "episodic_return": scale + step} for step in (0, 5)]
+    curves = sys.modules[report.grid_picture.__module__]
+    monkeypatch.setattr(curves, "save", lambda figure, path: path.append(figure))
+    report.grid_picture(rows, points, [], figures := [], "steps")
+    for axis in figures[0].axes:
+        low, high = axis.get_ylim()
+        assert all(low <= y <= high for line in axis.get_lines() for y in line.get_ydata())
+        assert high - low < 20
+
+
 def test_a_published_number_stands_beside_ours(report, root, means_of_runs):
     (root / "runs" / "grids" / "tiny").rename(root / "runs" / "grids" / "popgym_easy")
     for path in root.glob("runs/grids/*/*/record.json"):
         path.write_text(path.read_text().replace("grids/tiny", "grids/popgym_easy"))
     (root / "README.md").write_text("<!-- results: popgym_easy -->\n<!-- end results -->\n")
     (folder := root / "benchmark" / "results" / "popgym_easy").mkdir()
-    (folder / "reference.csv").write_text('# Of a paper.\nenv_id,"PPO, GRU"\npopgym-A-v0,0.9\n')
+    (folder / "reference.csv").write_text('# Of papers.\nenv_id,"PPO, GRU",again,never\npopgym-A-v0,0.9,0.8,\n')
     collect(report, root)
     text = make(root, "--runs", "", "--no-pictures")
-    assert "| environment | ffm segments | ffm tape | PPO, GRU |" in text
-    assert "mean ± sd over seeds; 100 steps. Of a paper." in text
-    assert "| A-v0 | 0.25 (1 of 2 done, 1 unfinished) | 0.75 ± 0.15 (2 of 3 done, 1 failed) | 0.90 |" in text
+    assert "| environment | ffm segments | ffm tape | PPO, GRU; again; never |" in text
+    assert "mean ± sd over seeds; 100 steps. Of papers." in text
+    assert "| A-v0 | 0.25 (1 of 2 done, 1 unfinished) | 0.75 ± 0.15 (2 of 3 done, 1 failed) | 0.90; 0.80; - |" in text
 
 
 def test_the_board_says_where_the_better_arm_reaches_what_was_published(report):

@@ -480,6 +480,8 @@ def test_tune_cpu_does_not_count_the_time_of_others(monkeypatch):
     """Else a busy machine decides, and a run that is resumed computes other last digits."""
     monkeypatch.setattr(torch, "mm", lambda *args, **kwargs: time.sleep(0.05))
     assert scan._time_product(*torch.ones(3, 1, 1)) < 0.02
+    monkeypatch.setattr(time, "thread_time", lambda: 7.0)  # a clock so coarse that it stands still
+    assert scan._time_product(*torch.ones(3, 1, 1)) > 0
 
 
 @pytest.mark.parametrize(
