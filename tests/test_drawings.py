@@ -10,7 +10,7 @@ from conftest import ROOT
 sys.path.append(str(ROOT / "benchmark" / "tools"))
 import drawings  # noqa: E402
 
-NAMES = ["merge", "scan", "reset", "tape", "carried", "which_file", "competitors"]
+NAMES = ["merge", "scan", "reset", "tape", "carried", "which_file", "competitors", "board"]
 
 
 @pytest.fixture(scope="module")

@@ -21,10 +21,11 @@ def test_the_readme_is_short_and_says_how_long_a_file_is():
         assert abs(len((ROOT / "single_files" / f"{script}.py").read_text().splitlines()) - said) <= 100, script
 
 
-def test_the_readme_links_every_script_and_shows_two_drawings():
+def test_the_readme_links_every_script_and_shows_three_drawings():
     linked = {path.removeprefix("single_files/") for path in LINK.findall(section("Scripts"))}
     assert {path.name for path in (ROOT / "single_files").glob("*.py")} <= linked
-    assert re.findall(r"!\[[^\]]+\]\(([^)]+)\)", README) == ["docs/drawings/competitors.svg", "docs/drawings/tape.svg"]
+    shown = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", README)
+    assert shown == [f"docs/drawings/{name}.svg" for name in ("board", "competitors", "tape")]
 
 
 def test_the_index_names_every_page_once():

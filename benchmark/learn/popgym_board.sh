@@ -9,8 +9,9 @@ ppo="--num-steps 128 --total-timesteps 1000000"
 dqn="--batch-size 1000 --train-frequency 32 --tau 0.05 --buffer-size 300000 --total-timesteps 300000"
 published="RepeatPrevious CountRecall RepeatFirst Autoencode NoisyPositionOnlyCartPole MultiarmedBandit HigherLower PositionOnlyCartPole"
 others="Concentration Battleship MineSweeper LabyrinthEscape LabyrinthExplore"
-# for all arms alike: 0.5 in the tasks whose actions change nothing that comes after, and each is rewarded at once
-declare -A discount=([RepeatPrevious]=0.5 [RepeatFirst]=0.5 [CountRecall]=0.5 [Autoencode]=0.5 [HigherLower]=0.5)
+# for all arms alike: 0.5 in the tasks whose actions change nothing that comes after, and each is rewarded at once; 0.9 in the
+# bandits, where what a pull tells pays within some steps
+declare -A discount=([RepeatPrevious]=0.5 [RepeatFirst]=0.5 [CountRecall]=0.5 [Autoencode]=0.5 [HigherLower]=0.5 [MultiarmedBandit]=0.9)
 
 lines() { # ARM SCRIPT FLAGS: a line for each level of $env
     for level in ${LEVELS:-Easy Medium Hard}; do
@@ -39,3 +40,10 @@ for seed in ${SEEDS:-1 2 3}; do
         lines "PPO, LSTM" ppo_sbb_lstm "$ppo"
     done
 done | grid popgym_board "$@"
+
+seed=1 # the bandits with the discount of most tasks
+for level in ${LEVELS:-Easy Medium Hard}; do
+    env="--env-id popgym-MultiarmedBandit$level-v0 --seed $seed --gamma 0.99"
+    echo "PPO, gated LRU: single_files/ppo_tbb_glru.py $env $ppo"
+    echo "DQN, FFM: single_files/dqn_tbb_ffm.py $env $dqn"
+done | grid popgym_discount "$@"

@@ -1,6 +1,6 @@
 """Draws the pictures of README.md and docs/idea.md into docs/drawings/, as SVG files in plain Python.
 
-    python benchmark/tools/drawings.py            # all of them; competitors.svg shows what benchmark/results holds
+    python benchmark/tools/drawings.py            # all; competitors.svg and board.svg show what benchmark/results holds
 
 Each drawing has a white background of its own, so that it can be read on a dark page, too. tests/test_drawings.py draws them
 again and compares, and checks that no text leaves its drawing or lies on another text.
@@ -8,12 +8,14 @@ again and compares, and checks that no text leaves its drawing or lies on anothe
 
 import argparse
 import math
+import re
 from pathlib import Path
 
+from board import LEVELS, MAIN_ARMS, board_cells
 from tables import grouped, natural, read_rows, write
 
 ROOT = Path(__file__).resolve().parents[2]
-INK, MUTED, GREY, RED = "#1f2328", "#57606a", "#d8dee4", "#b42318"
+INK, MUTED, GREY, RED, GRU = "#1f2328", "#57606a", "#d8dee4", "#b42318", "#f59e0b"
 BLUE, ORANGE, GREEN = ("#cfe0fd", "#1d4ed8"), ("#ffedd5", "#c2410c"), ("#dcfce7", "#15803d")  # fill and edge
 PADDING, WHITE = ("url(#hatch)", "#8c959f"), ("#ffffff", INK)
 HEAD = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img">
@@ -75,6 +77,9 @@ class Drawing:
         self.path(
             f"M{x:g} {y:g}C{x:g} {y - 1.33 * rise:g} {to_x:g} {to_y - 1.33 * rise:g} {to_x:g} {to_y:g}", color, width, arrow
         )
+
+    def dot(self, x, y, color=BLUE[1], radius=4.5):
+        self.parts.append(f'<circle cx="{x:g}" cy="{y:g}" r="{radius}" fill="{color}" fill-opacity="0.7"/>')
 
     def cross(self, x, y, reach=8):
         """Marks what is cut off."""
@@ -335,10 +340,48 @@ def competitors(results):
     return d
 
 
+def board(results):
+    """POPGym's tasks at three levels: our greedy returns, each seed, beside the returns that were published."""
+    folder = results / "popgym_board"
+    rows, curve, published = (read_rows(folder / f"{name}.csv")[0] for name in ("runs", "curves", "reference"))
+    cells = [cell for cell in board_cells(rows, curve, published) if cell["best"]]
+    tasks = grouped(cells, lambda cell: cell["task"])
+    minutes = [float(row["cpu_seconds"]) / 60 for row in rows if row["arm"] in MAIN_ARMS and row["state"] == "done"]
+    d = Drawing(840, 350, "Return on tasks of POPGym at three levels, here and as published")
+    d.text(24, 26, "POPGym: return at the end, at three levels each (Easy, Medium, Hard)", 15, bold=True)
+    left, top, width, height, low = 64, 52, 760, 190, -0.55
+    for value in (-0.5, 0, 0.5, 1):
+        y = top + height * (1 - value) / (1 - low)
+        d.line([(left, y), (left + width, y)], GREY, 1)
+        d.text(left - 8, y, f"{value:g}", 13, "end", MUTED)
+    step = width / len(tasks)
+    for i, (task, members) in enumerate(tasks.items()):
+        words = re.sub("(?<=[a-z])(?=[A-Z])(?!Pole)", " ", task.replace("PositionOnly", "").replace("Multiarmed", ""))
+        for j, word in enumerate(words.split()):
+            d.text(left + step * (i + 0.5), top + height + 20 + 17 * j, word, 13, "middle")
+        for cell in members:
+            x = left + step * (i + 0.22 + 0.28 * LEVELS.index(cell["level"]))
+            heights = {name: top + height * (1 - float(cell[name])) / (1 - low) for name in ("gru", "best")}
+            d.line([(x - 12, heights["gru"]), (x + 12, heights["gru"])], GRU, 4)
+            d.line([(x - 12, heights["best"]), (x + 12, heights["best"])], INK, 2)
+            for greedy, _ in [max(cell["arms"].values(), key=lambda arm: sum(arm[0]) / len(arm[0]))] if cell["arms"] else []:
+                for value in greedy:
+                    d.dot(x, round(top + height * (1 - max(value, low)) / (1 - low), 1))
+    steps = [int(row["total_timesteps"]) for row in rows if row["arm"] in MAIN_ARMS and row["state"] == "done"]
+    d.dot(40, 306)
+    budget = f"{min(steps):,} to {max(steps):,} steps, {min(minutes):.0f} to {max(minutes):.0f} minutes of one core"
+    d.text(58, 306, f"here, the better of PPO and DQN, each seed: {budget}", 14)
+    d.line([(28, 330), (52, 330)], INK, 2)
+    d.text(58, 330, "published: the best of 13 memories, 15 million steps", 14)
+    d.line([(452, 330), (476, 330)], GRU, 4)
+    d.text(482, 330, "published: GRU, 15 million steps", 14)
+    return d
+
+
 def draw(results):
     """{name: the drawing}"""
     drawings = {function.__name__: function() for function in (merge, scan, reset, tape, carried, which_file)}
-    return drawings | {"competitors": competitors(results)}
+    return drawings | {"competitors": competitors(results), "board": board(results)}
 
 
 def main():

@@ -74,6 +74,15 @@ def seconds(runs):
     return number(np.mean(found), 0) if found else ""
 
 
+def cost(runs):
+    """What the runs of the crossed table took, tests included: a line for each device."""
+    lines = []
+    for device, members in sorted(grouped(runs, lambda row: row["device"]).items()):
+        minutes = sum(float(row["cpu_seconds"]) for row in members) / 60
+        lines.append(f"{len(members)} runs: {number(minutes, 0)} minutes of one core, tests included ({device}).\n\n")
+    return "".join(lines)
+
+
 def transfer_table(rows):
     """Return on tasks that no cell was trained on: a row per task and optimiser, the mean over its runs at each step size."""
     table = []
@@ -147,7 +156,8 @@ def optimizer_tables(results):
             areas = [float(run["auc"]) for run in cells.get(f"GRU {structure}, {kind}", [])]
             row[kind] = f"{mean_and_spread(areas)} ({len(areas)})" if areas else ""
         crossed.append(row)
-    tables["optim4rl_crossed"] = markdown(crossed, list(crossed[0]))
+    took = cost([run for arm in CROSSED for run in cells.get(arm, [])])
+    tables["optim4rl_crossed"] = took + markdown(crossed, list(crossed[0]))
     if (path := path.with_name("transfer.csv")).exists():
         tables["optim4rl_transfer"] = transfer_table(read_rows(path)[0])
     if (path := path.with_name("identity.csv")).exists():

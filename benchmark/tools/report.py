@@ -21,6 +21,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+from board import MAIN_ARMS, board_cells
 from curves import (
     arms_picture,
     board_picture,
@@ -40,6 +41,7 @@ from tables import (
     csv_link,
     each_seed,
     fill,
+    final_return,
     grouped,
     markdown,
     mean_and_spread,
@@ -65,11 +67,6 @@ def steps_text(rows):
     """The budget of some runs, which a table states: one number where all had the same."""
     steps = sorted({int(row["total_timesteps"]) for row in rows if row["total_timesteps"]})
     return " to ".join(f"{n:,}" for n in (steps[:1] + steps[-1:] if len(steps) > 1 else steps)) or "not known yet"
-
-
-def final_return(row):
-    """The greedy return of the final network; of a program that does not evaluate, of its last episodes in training."""
-    return float(row["greedy_return"] or row["training_return"])
 
 
 def cell_text(cell):
@@ -238,33 +235,6 @@ def ppo_table(results):
     links = ", ".join(csv_link(results / name / "runs.csv", name) for name in (*PPO, "pendulum"))
     first = "popgym-RepeatFirstEasy-v0"  # which all have been trained on
     return f"Every run: {links}. {run_table(sorted(rows, key=lambda row: row['env_id'] != first), '')}"
-
-
-LEVELS = "Easy", "Medium", "Hard"
-MAIN_ARMS = "PPO, gated LRU", "DQN, FFM"  # of the board, which other arms stand beside
-
-
-def board_cells(rows, curve, published):
-    """[{task, level, arm: (greedy returns, best of training), "gru", "best", "ours"}] of the board, a row per environment.
-
-    Best of training: the largest mean return over a fortieth of the steps, of any seed. Ours: of the arm with the best mean
-    greedy return; None while no run has ended.
-    """
-    best = {
-        key: max(float(p["episodic_return"]) for p in points) for key, points in grouped(curve, lambda p: p["key"]).items()
-    }
-    theirs, cells = {row["env_id"]: row for row in published}, []
-    for env_id, members in grouped(rows, lambda row: row["env_id"]).items():
-        level = next(level for level in LEVELS if f"{level}-v" in env_id)
-        cell = {"task": env_id.removeprefix("popgym-").split(":")[-1].split(level)[0], "level": level, "arms": {}}
-        for arm, runs in grouped(members, lambda row: row["arm"]).items():
-            done = sorted((row for row in runs if row["state"] == "done"), key=lambda row: int(row["seed"]))
-            if done:
-                cell["arms"][arm] = [final_return(row) for row in done], max(best.get(row["key"], np.nan) for row in done)
-        means = [np.mean(greedy) for greedy, _ in cell["arms"].values()]
-        cell |= {name: theirs.get(env_id, {}).get(name, "") for name in ("gru", "best", "best_memory")}
-        cells.append(cell | {"ours": max(means, default=None)})
-    return sorted(cells, key=lambda cell: (cell["task"], LEVELS.index(cell["level"])))
 
 
 def board_table(rows, curve, published, source):

@@ -43,6 +43,11 @@ def markdown(rows, columns):
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def final_return(row):
+    """The greedy return of the final network; of a program that does not evaluate, of its last episodes in training."""
+    return float(row["greedy_return"] or row["training_return"])
+
+
 def number(value, decimals=None):
     """A number as tables show it, with three digits at most: 0.0677, 1.5, 12,000.
 
