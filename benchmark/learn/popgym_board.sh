@@ -47,3 +47,7 @@ for level in ${LEVELS:-Easy Medium Hard}; do
     echo "PPO, gated LRU: single_files/ppo_tbb_glru.py $env $ppo"
     echo "DQN, FFM: single_files/dqn_tbb_ffm.py $env $dqn"
 done | grid popgym_discount "$@"
+
+for env in MultiarmedBandit NoisyPositionOnlyCartPole; do # the published reading of a time limit
+    lines "PPO, gated LRU, a limit is terminal" ppo_tbb_glru "$ppo --truncation-is-terminal"
+done | grid popgym_limit "$@"

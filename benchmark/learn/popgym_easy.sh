@@ -19,3 +19,13 @@ for seed in 1 2 3; do
         echo "PPO, LRU: single_files/ppo_tbb_lru_continuous_action.py --env-id popgym-${env}Easy-v0 --seed $seed $budget"
     done
 done | grid popgym_easy "$@"
+
+# Where the arms lie close, a hundred greedy episodes cannot tell them apart: a thousand
+for env in HigherLower MineSweeper NoisyPositionOnlyCartPole RepeatPrevious LabyrinthEscape; do
+    for seed in 1 2 3; do
+        for arm in "LRU:ppo_tbb_lru" "LSTM:ppo_sbb_lstm" "gated LRU:ppo_tbb_glru"; do
+            echo "PPO, ${arm%%:*}: single_files/${arm##*:}.py --env-id popgym-${env}Easy-v0 --seed $seed $budget --num-steps 64" \
+                "--eval-episodes 1000"
+        done
+    done
+done | grid popgym_easy_1000 "$@"

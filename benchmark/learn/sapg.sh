@@ -41,6 +41,10 @@ for seed in ${SEEDS:-1 2 3 4 5}; do
     done
 done | grid sapg "$@"
 
+for seed in $(seq 6 20); do # how often PPO finds the hill by luck: it or never, so more seeds
+    echo "PPO: $script --env-id HillCar-v0 --seed $seed --eval-episodes 512 --checkpoint-interval 0 --num-policies 1"
+done | grid sapg_luck "$@"
+
 cue() {
     cat <<'ARMS'
 SAPG:

@@ -347,7 +347,7 @@ def grid_table(folder):
         table = race_table(rows)
     elif folder.name == "dqn_popgym":
         table = crossed_table(rows)
-    elif folder.name == "popgym_easy":
+    elif folder.name in ("popgym_easy", "popgym_easy_1000"):
         path = folder / "reference.csv"
         table = reference_table(rows, *(read_rows(path) if path.exists() else ([], "")))
     else:
