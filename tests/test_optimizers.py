@@ -80,3 +80,13 @@ def test_transfer_is_read_at_each_step_size(optimizers):
     rows = [dict(zip(("optimiser", "run", "step_size", "return"), row)) | {"task": "grid"} for row in rows]
     lines = optimizers.transfer_table(rows).splitlines()
     assert lines[2:] == ["| grid | Adam | 1 | 0.01: 2, 0.1: 4 | 4 | 1.00 |", "| grid | cell | 2 | 0.001: 3.5 | 3.5 | 0.88 |"]
+
+
+def test_the_crossed_table_says_what_its_runs_took_on_each_machine(optimizers):
+    runs = [{"device": device, "cpu_seconds": seconds} for device, seconds in (("B", "90.0"), ("A", "600"), ("B", "150"))]
+    assert optimizers.cost(runs).splitlines() == [
+        "1 runs: 10 minutes of one core, tests included (A).",
+        "",
+        "2 runs: 4 minutes of one core, tests included (B).",
+        "",
+    ]
