@@ -341,9 +341,8 @@ class Network(nn.Module):
         self.norm = nn.LayerNorm(hidden)
         self.actor, self.critic = nn.Linear(hidden, num_actions), nn.Linear(hidden, 1)
         self.encoder_norm = nn.LayerNorm(hidden)
-        for layer, std in ((self.actor, 0.01), (self.critic, 1.0)):
-            nn.init.orthogonal_(layer.weight, std)
-            nn.init.zeros_(layer.bias)
+        nn.init.orthogonal_(self.actor.weight, 0.01)
+        nn.init.zeros_(self.actor.bias)
 
     def remember(self, obs, begins, state):
         """The memory after every row [T, E, P], and what the readout needs besides. [T, E, O], [T, E], [E, P]"""

@@ -360,9 +360,8 @@ class Agent(nn.Module):
         self.behind = nn.Linear(hidden, hidden) if args.latent_at == "head" else None
         self.actor, self.critic = nn.Linear(hidden, actions), nn.Linear(hidden, 1)
         self.encoder_norm = nn.LayerNorm(hidden)
-        for layer, std in ((self.actor, 0.01), (self.critic, 1.0)):
-            nn.init.orthogonal_(layer.weight, std)
-            nn.init.zeros_(layer.bias)
+        nn.init.orthogonal_(self.actor.weight, 0.01)
+        nn.init.zeros_(self.actor.bias)
         self.latents = nn.Parameter(torch.randn(args.num_policies, args.latent_size))
         self.log_std = nn.Parameter(torch.full((args.num_policies, actions), args.std_init).log())
 
