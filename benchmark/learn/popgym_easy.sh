@@ -1,17 +1,19 @@
 #!/usr/bin/env bash
 # POPGym Easy: LRU, gated or not, and beside it the LSTM that people use today, one set of flags per algorithm.
 # bash benchmark/learn/popgym_easy.sh
-# Nothing is tuned to a task, and 150,000 steps are little: the script of POPGym's own baselines stops at ten million.
+# Nothing is tuned to a task, and 150,000 steps are little: the script of POPGym's own baselines stops at ten million. So PPO has
+# short rollouts: twice as many updates as with 64 steps and four minibatches, each from fresher rows, and half as large
 source "$(dirname "$0")/grid.sh"
 budget="--total-timesteps 150000"
+ppo="$budget --num-steps 16 --num-minibatches 2 --eval-episodes 1000" # where arms lie close, 100 episodes cannot tell them apart
 
 for seed in 1 2 3; do
     for env in Autoencode Battleship Concentration CountRecall HigherLower MineSweeper MultiarmedBandit \
         NoisyPositionOnlyCartPole PositionOnlyCartPole RepeatFirst RepeatPrevious VelocityOnlyCartpole \
         LabyrinthEscape LabyrinthExplore; do
-        echo "PPO, LRU: single_files/ppo_tbb_lru.py --env-id popgym-${env}Easy-v0 --seed $seed $budget --num-steps 64"
-        echo "PPO, LSTM: single_files/ppo_sbb_lstm.py --env-id popgym-${env}Easy-v0 --seed $seed $budget --num-steps 64"
-        echo "PPO, gated LRU: single_files/ppo_tbb_glru.py --env-id popgym-${env}Easy-v0 --seed $seed $budget --num-steps 64"
+        for arm in "LRU:ppo_tbb_lru" "LSTM:ppo_sbb_lstm" "gated LRU:ppo_tbb_glru"; do
+            echo "PPO, ${arm%%:*}: single_files/${arm##*:}.py --env-id popgym-${env}Easy-v0 --seed $seed $ppo"
+        done
         [ $seed = 3 ] || echo "DQN, LRU: single_files/dqn_tbb_lru.py --env-id popgym-${env}Easy-v0 --seed $seed $budget --batch-size 1000" \
             "--train-frequency 64 --tau 0.03 --buffer-size 200000"
     done
@@ -20,7 +22,7 @@ for seed in 1 2 3; do
     done
 done | grid popgym_easy "$@"
 
-# Where the arms lie close, a hundred greedy episodes cannot tell them apart: a thousand
+# The same with rollouts of 64 steps, on five tasks
 for env in HigherLower MineSweeper NoisyPositionOnlyCartPole RepeatPrevious LabyrinthEscape; do
     for seed in 1 2 3; do
         for arm in "LRU:ppo_tbb_lru" "LSTM:ppo_sbb_lstm" "gated LRU:ppo_tbb_glru"; do

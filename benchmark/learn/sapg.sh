@@ -56,8 +56,9 @@ disjoint, stored states: single_files/sapg_disjoint_tbb_lru_continuous_action.py
 ARMS
 }
 
-for seed in ${SEEDS:-1 2 3 4 5}; do
-    cue | while IFS=: read -r arm flags; do
+for seed in ${SEEDS:-1 2 3 4 5 6 7 8 9 10}; do
+    cue | while IFS=: read -r arm flags; do # from the sixth on: the pair that asks whose memory reads a borrowed row
+        case $seed:$arm in [1-5]:* | *:disjoint*) ;; *) continue ;; esac
         all="--env-id HillCarCue-v0 --seed $seed --total-timesteps 1507328 --eval-episodes 512 --checkpoint-interval 0"
         line "$arm" "$all" "$flags"
     done
