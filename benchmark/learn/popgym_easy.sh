@@ -31,3 +31,15 @@ for env in HigherLower MineSweeper NoisyPositionOnlyCartPole RepeatPrevious Laby
         done
     done
 done | grid popgym_easy_1000 "$@"
+
+# The same rows in an update, from 16 environments in place of 16 steps
+ppo="$budget --num-envs 16 --num-steps 64 --num-minibatches 2 --eval-episodes 1000"
+for env in Autoencode Battleship Concentration CountRecall HigherLower MineSweeper MultiarmedBandit \
+    NoisyPositionOnlyCartPole PositionOnlyCartPole RepeatFirst RepeatPrevious VelocityOnlyCartpole \
+    LabyrinthEscape LabyrinthExplore; do
+    for seed in 1 2 3; do
+        for arm in "LRU:ppo_tbb_lru" "LSTM:ppo_sbb_lstm" "gated LRU:ppo_tbb_glru"; do
+            echo "PPO, ${arm%%:*}: single_files/${arm##*:}.py --env-id popgym-${env}Easy-v0 --seed $seed $ppo"
+        done
+    done
+done | grid popgym_easy_16 "$@"
