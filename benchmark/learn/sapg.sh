@@ -76,12 +76,13 @@ done | grid sapg_envs "$@"
 # Where SAPG is not needed, it must not hurt: 64 copies of HalfCheetah, with rewards scaled, and a ladder that suits them
 cheetah="--env-id HalfCheetah-v5 --num-envs 64 --num-steps 128 --max-prefix 128 --total-timesteps 600000 --learning-rate 1e-3"
 cheetah="$cheetah --hidden-size 64 --state-size 32 --norm-reward --anneal-lr --std-min 0.05 --eval-episodes 20"
+held="--num-policies 2 --entropy-scale 0.005 --follower-kl 1 --borrowed-lambda 0.95 --latent-at head" # two, all but one
 for seed in 1 2 3; do
     for arm in "PPO:--num-policies 1" "SAPG:--entropy-scale 0.005" "SAPG, KL to the leader 0.1:--entropy-scale 0.005 --follower-kl 0.1" \
         "SAPG, no ladder:--entropy-scale 0" "SAPG, lambda 0.95:--entropy-scale 0.005 --borrowed-lambda 0.95" \
         "SAPG, KL to the leader 0.1, lambda 0.95:--entropy-scale 0.005 --follower-kl 0.1 --borrowed-lambda 0.95" \
         "PPO, 8 minibatches:--num-policies 1 --num-minibatches 8" \
-        "SAPG, 8 minibatches, 2 policies:--num-policies 2 --entropy-scale 0.005 --follower-kl 1 --borrowed-lambda 0.95 --latent-at head --num-minibatches 8"; do
+        "SAPG, 8 minibatches, 2 policies:$held --num-minibatches 8"; do
         echo "${arm%%:*}: $script --seed $seed $cheetah --checkpoint-interval 0 ${arm#*:}"
     done
 done | grid sapg_cheetah "$@"
